@@ -12,4 +12,5 @@ def unknown(what, value, choices):
     choices = [str(c) for c in choices]
     near = get_close_matches(str(value), choices, n=1, cutoff=0.5)
     hint = f" Did you mean '{near[0]}'?" if near else ""
-    return UserError(f"unknown {what} '{value}'.{hint} Choose from: {', '.join(choices)}.")
+    shown = ", ".join(choices[:20]) + (", ..." if len(choices) > 20 else "")
+    return UserError(f"unknown {what} '{value}'.{hint} Choose from: {shown}.")

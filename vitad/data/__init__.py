@@ -1,0 +1,69 @@
+"""Data sets: `load` gives `.train` (normal images only) and `.test` of any of them.
+
+`toy` is generated; `mt` and `folder` are read from `root` (`--data-root`; for `mt` also `VITAD_MT_ROOT`).
+"""
+
+import os
+from pathlib import Path
+
+from vitad.data import folder, mt, toy
+from vitad.data.samples import ImageSet, Record, Split, cache_dir
+from vitad.errors import UserError, unknown
+
+__all__ = ["DATASETS", "ImageSet", "Record", "Split", "cache_dir", "find", "load"]
+DATASETS = ("toy", "mt", "folder")
+
+
+def find(name, root=None, category=None, split=None):
+    """Resolve names to files without decoding any: `(root, category, split, train, test)` with record lists.
+
+    Raises `UserError` for an unknown data set, category or split, and for a missing or incomplete folder.
+    """
+    if name not in DATASETS:
+        raise unknown("dataset", name, DATASETS)
+    if name == "mt":
+        root = root or os.environ.get("VITAD_MT_ROOT")
+    if name == "toy":
+        root, category = toy.ensure(root), category or toy.DEFAULT_CATEGORY
+    elif root is None:
+        hint = " or set VITAD_MT_ROOT" if name == "mt" else ""
+        raise UserError(f"dataset '{name}' needs its folder: give --data-root{hint}.")
+    root = Path(root).expanduser().resolve()
+
+    if name == "mt":
+        if category is not None:
+            raise UserError(f"dataset 'mt' has no categories, but category '{category}' was given. Leave it out.")
+        split = split or mt.DEFAULT_SPLIT
+        if split not in mt.SPLITS:
+            raise unknown("split", split, mt.SPLITS)
+        train, test = mt.records(root, split)
+    else:
+        if split is not None:
+            raise UserError(f"dataset '{name}' is split by its folders, but split '{split}' was given. Leave it out.")
+        train, test = folder.records(root, category)
+    return root, category, split, train, test
+
+
+def load(name, root=None, category=None, split=None, image_size=224, mask_threshold=0, skip_bad=False):
+    """Load a data set.
+
+    Args:
+        name: one of `DATASETS`.
+        root: its folder; `toy` generates itself into the cache when None.
+        category: sub-folder in the MVTec layout; `toy` has a default, `mt` has none.
+        split: for `mt`, one of `grouped`, `differnet`, `mala100`.
+        image_size: side in px, or (H, W); both sides are resized.
+        mask_threshold: grey level above which a mask pixel is anomalous.
+        skip_bad: leave unreadable images out (`.skipped` names them) instead of raising.
+
+    Returns:
+        `Split` with `.train` and `.test`, each an `ImageSet`.
+    """
+    root, category, split, train, test = find(name, root, category, split)
+    options = dict(image_size=image_size, mask_threshold=mask_threshold, skip_bad=skip_bad)
+    sets = ImageSet(train, root, **options), ImageSet(test, root, **options)
+    if not len(sets[0]):
+        raise UserError(f"none of the {len(train)} training images in {root} can be read.")
+    if not len(sets[1]):
+        raise UserError(f"none of the {len(test)} test images in {root} can be read.")
+    return Split(name, category, split, *sets)

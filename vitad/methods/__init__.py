@@ -1,1 +1,22 @@
-"""One file per paper."""
+"""One file per paper. Each holds `PAPER`, `Settings`, `PRESETS` and `Model`, an `nn.Module` with
+
+losses(batch) -> dict of scalars          what training minimises is their sum
+anomaly_map(images (B,3,H,W)) -> (B,H,W)
+image_score(maps (B,H,W)) -> (B,)
+phases() -> list of `training.Phase`      empty where nothing is trained
+prepare(images, device)                   optional: one look at the training `ImageSet` before training
+settings, weights, protocol               what goes into the run record
+"""
+
+from importlib import import_module
+
+from vitad.errors import unknown
+
+METHODS = ("anovit", "l2cae", "patchknn")
+
+
+def get(name):
+    """Module of a method by its name in code."""
+    if name not in METHODS:
+        raise unknown("method", name, METHODS)
+    return import_module(f"vitad.methods.{name}")

@@ -1,0 +1,142 @@
+"""Figures of the book. Every function draws from data it is given and returns the matplotlib figure."""
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.figure import Figure
+
+HEAT = "inferno"
+OUTLINE = "#00c2a8"  # ground truth; told apart from the heat scale by colour-blind readers too
+
+
+def examples(labels, defects, per_kind=1, good=1, order=None):
+    """Indices of a few images: `good` normal ones, then `per_kind` of each kind of defect.
+
+    `order` (scores, say) ranks within a kind, and picks are spread evenly over that ranking, so that the
+    figure shows easy and hard cases alike; without it the first ones are taken.
+    """
+    labels, defects = np.asarray(labels), np.asarray(defects)
+    picked = []
+    for kind in ["good", *sorted(set(defects[labels == 1]))]:
+        members = np.flatnonzero(defects == kind)
+        if order is not None:
+            members = members[np.argsort(np.asarray(order)[members], kind="stable")]
+        wanted = min(good if kind == "good" else per_kind, len(members))
+        places = np.linspace(0, len(members) - 1, wanted + 2)[1:-1] if order is not None else range(wanted)
+        picked += [int(members[int(round(p))]) for p in places]
+    return picked
+
+
+def heat_range(maps, labels=None):
+    """(low, high) of one colour scale for a whole test set: median of the pixels, 99.8th percentile."""
+    low, high = np.percentile(np.asarray(maps, np.float32)[:: max(1, len(maps) // 100)], (50, 99.8))
+    return float(low), float(max(high, low + 1e-9))
+
+
+def heatmap_grid(images, masks, maps, titles, limits=None, rows=None, width=8.0):
+    """Images with the true defect outlined above their anomaly maps, one column an image.
+
+    images (n,3,H,W) in [0,1], masks (n,H,W) bool or None, maps (n,H,W) or {method: (n,H,W)}; `limits` is the
+    colour scale (low, high) or {method: (low, high)}, one for all columns, so that columns can be compared.
+    """
+    maps = maps if isinstance(maps, dict) else {"anomaly map": maps}
+    limits = limits if isinstance(limits, dict) else dict.fromkeys(maps, limits)
+    n = len(images)
+    fig, axes = _grid(1 + len(maps), n, width)
+    for j in range(n):
+        show(axes[0, j], images[j], None if masks is None else masks[j])
+        axes[0, j].set_title(titles[j], fontsize=8)
+        for i, (name, stack) in enumerate(maps.items(), 1):
+            low, high = limits[name] or heat_range(stack)
+            axes[i, j].imshow(stack[j], cmap=HEAT, vmin=low, vmax=high)
+            outline(axes[i, j], None if masks is None else masks[j], "white", 0.6)
+    for i, name in enumerate(["image", *maps]):
+        axes[i, 0].set_ylabel(name, fontsize=8)
+    return fig
+
+
+def contact_sheet(images, masks, titles, columns=8, width=8.0):
+    """A sheet of images (n,3,H,W) with the true defects outlined."""
+    rows = -(-len(images) // columns)
+    fig, axes = _grid(rows, min(columns, len(images)), width)
+    for k, axis in enumerate(axes.flat):
+        if k < len(images):
+            show(axis, images[k], None if masks is None else masks[k])
+            axis.set_title(titles[k], fontsize=7)
+        else:
+            axis.set_visible(False)
+    return fig
+
+
+def training_curve(history, width=6.0):
+    """Mean loss an epoch, from the rows that `training.train` returns; validation dashed."""
+    fig, axis = plt.subplots(figsize=(width, 2.8), layout="constrained")
+    skip = {"phase", "epoch", "seconds"}
+    for name in [k for k in history[0] if k not in skip]:
+        values = [row[name] for row in history]
+        axis.plot(range(1, len(values) + 1), values, "--" if name == "val" else "-", label=name)
+    axis.set(xlabel="epoch", ylabel="loss", yscale="log")
+    axis.legend(frameon=False)
+    axis.spines[["top", "right"]].set_visible(False)
+    return fig
+
+
+def score_histogram(scores, labels, width=6.0):
+    """Image scores of good and defective images over each other."""
+    scores, labels = np.asarray(scores), np.asarray(labels)
+    fig, axis = plt.subplots(figsize=(width, 2.4), layout="constrained")
+    bins = np.linspace(scores.min(), scores.max(), 30)
+    axis.hist(scores[labels == 0], bins, label="good", color="#4477aa", alpha=0.75)
+    axis.hist(scores[labels == 1], bins, label="defective", color="#ee6677", alpha=0.75)
+    axis.set(xlabel="image score", ylabel="images")
+    axis.legend(frameon=False)
+    axis.spines[["top", "right"]].set_visible(False)
+    return fig
+
+
+def principal_components(tokens, grid):
+    """Tokens (B,N,D) as colour pictures (B,g,g,3) in [0,1]: their first three principal components.
+
+    The components are common to the batch, so equal colours mean similar patches across its images.
+    """
+    B, N, D = tokens.shape
+    flat = tokens.reshape(B * N, D).float().cpu().numpy()
+    flat = flat - flat.mean(0)
+    _, _, axes = np.linalg.svd(flat, full_matrices=False)
+    axes = axes[:3] * np.sign(axes[:3].sum(1, keepdims=True))  # a sign convention: the same picture everywhere
+    projected = flat @ axes.T
+    low, high = np.percentile(projected, (1, 99), axis=0)
+    return ((projected - low) / (high - low)).clip(0, 1).reshape(B, *grid, 3)
+
+
+def show(axis, image, mask=None):
+    """Draw an image (3,H,W) in [0,1] and the outline of its mask (H,W)."""
+    axis.imshow(np.asarray(image).transpose(1, 2, 0))
+    outline(axis, mask, OUTLINE, 1.0)
+
+
+def outline(axis, mask, colour, width):
+    """Draw the border of a mask (H,W), if it has one."""
+    mask = None if mask is None else np.asarray(mask)
+    if mask is not None and mask.any() and not mask.all():
+        axis.contour(mask, [0.5], colors=[colour], linewidths=width)
+
+
+def save(fig, path, dpi=100):
+    """Write a figure as PNG, whole or not at all, and close it."""
+    from vitad.files import whole
+
+    with whole(path) as aside:
+        fig.savefig(aside, format="png", dpi=dpi)
+    plt.close(fig)
+
+
+def _grid(rows, columns, width):
+    """Axes (rows, columns) without ticks, squares of equal size."""
+    side = width / max(columns, 1)
+    fig: Figure = plt.figure(figsize=(width, rows * side + 0.25), layout="constrained")
+    axes = fig.subplots(rows, columns, squeeze=False)
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[])
+        for spine in axis.spines.values():
+            spine.set_visible(False)
+    return fig, axes

@@ -1,0 +1,361 @@
+"""A run and its record: what was asked, what came out, on which machine, from which commit."""
+
+import csv
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import time
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+import vitad
+from vitad import data, methods, plots
+from vitad.errors import UserError
+from vitad.files import read_safetensors, whole, write_safetensors
+from vitad.metrics import evaluate
+from vitad.settings import as_json, parse_overrides, resolve
+from vitad.training import autocast, train
+
+PRO_LIMIT = 0.3
+MASK_THRESHOLD = 0
+
+
+def run(
+    method,
+    dataset="toy",
+    category=None,
+    split=None,
+    data_root=None,
+    preset="demo",
+    seed=0,
+    device="auto",
+    overrides=None,
+    weights="auto",
+    out="runs/latest",
+    skip_bad=False,
+):
+    """Train and evaluate one method on one data set; returns the record.
+
+    Writes `record.json`, `maps.npz`, `checkpoint.safetensors`, `heatmaps.png` and `history.csv` to `out`. The record
+    comes last, so a folder that has one is finished. The same call again resumes, or returns at once.
+
+    Args:
+        method: name in `vitad.methods.METHODS`.
+        dataset, category, split, data_root, skip_bad: as in `vitad.data.load`.
+        preset, overrides: see `vitad.settings.resolve`.
+        seed: initial weights, order of the images, every random choice.
+        device: `auto` (CUDA where there is one), `cpu` or `cuda`.
+        weights: of the backbone, see `vitad.backbones.vit`.
+        out: folder of the run.
+
+    Raises:
+        UserError: on bad input, before anything is written.
+    """
+    module = methods.get(method)
+    overrides = parse_overrides(overrides)
+    settings = resolve(module.Settings, module.PRESETS, preset, overrides)
+    seed, device = check_seed(seed), find_device(device)
+    root, category, split, train_records, test_records = data.find(dataset, data_root, category, split)
+
+    out = Path(out).expanduser()
+    request = {
+        "method": method,
+        "dataset": dataset,
+        "category": category,
+        "split": split,
+        "preset": preset,
+        "seed": seed,
+        "settings": as_json(settings),
+        "weights_asked": str(weights),
+        "data": _fingerprint(root, train_records, test_records),
+    }
+    finished = _claim(out, request)
+    if finished:
+        return finished
+
+    times = {"began": time.monotonic()}
+    torch.manual_seed(seed)
+    model = module.Model(settings, weights).to(device)
+    sets = data.load(
+        dataset, data_root, category, split, settings.image_size, mask_threshold=MASK_THRESHOLD, skip_bad=skip_bad
+    )
+    (out / ".run").mkdir(parents=True, exist_ok=True)
+    with whole(out / ".run" / "request.json") as aside:
+        aside.write_text(json.dumps(request))
+    times["load"] = time.monotonic()
+
+    if hasattr(model, "prepare"):
+        model.prepare(sets.train, device)
+    times["prepare"] = time.monotonic()
+    history = train(model, sets.train, seed, device, settings.amp, out / ".run" / "state.pt")
+    times["train"] = time.monotonic()
+    maps, scores = score(model, sets.test, device, settings.batch_size, settings.amp)
+    times["score"] = time.monotonic()
+
+    test = sets.test
+    # A defect whose mask is empty, as published or after the resize, would pass for background.
+    located = (test.labels == 0) | test.masks.any((1, 2))
+    metrics = evaluate(maps[located], test.masks[located] if test.has_masks else None, scores, test.labels, PRO_LIMIT)
+    times["evaluate"] = time.monotonic()
+
+    model_state = model.state_dict()
+    write_safetensors(
+        model_state, out / "checkpoint.safetensors", {"vitad_method": method, "settings": json.dumps(as_json(settings))}
+    )
+    with whole(out / "maps.npz") as aside, open(aside, "wb") as file:
+        np.savez(
+            file, maps=maps, masks=test.masks, scores=scores, labels=test.labels, paths=test.paths, defects=test.defects
+        )
+    if history:
+        with whole(out / "history.csv") as aside, open(aside, "w", newline="") as file:
+            table = csv.DictWriter(file, list(dict.fromkeys(k for row in history for k in row)))
+            table.writeheader()
+            table.writerows(history)
+    _heatmaps(test, maps, scores, out / "heatmaps.png")
+
+    record = {
+        "method": method,
+        "paper": module.PAPER,
+        "dataset": dataset,
+        "category": category,
+        "split": split,
+        "preset": preset,
+        "seed": seed,
+        "settings": as_json(settings),
+        "overrides": {k: as_json(settings)[k] for k in overrides},
+        "protocol": {
+            "image_size": list(test.size),
+            "image_resize": "both sides, bilinear with anti-aliasing",
+            "mask_resize": "nearest",
+            "mask_threshold": MASK_THRESHOLD,
+            "empty_masks": "left out of the pixel figures",
+            "pro_limit": PRO_LIMIT,
+            "pro_connectivity": 8,
+            **model.protocol,
+            "data_sha256": request["data"],
+        },
+        "weights": {"asked": str(weights), **model.weights},
+        "metrics": metrics,
+        "counts": {
+            "train": len(sets.train),
+            "test_good": int((test.labels == 0).sum()),
+            "test_defective": int((test.labels == 1).sum()),
+            "empty_masks": int((~located).sum()) if test.has_masks else 0,
+            "skipped": sets.train.skipped + test.skipped,
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad)
+            if model.phases()
+            else 0,
+            "epochs": len(history),
+        },
+        "timings": _timings(times, history, len(test)),
+        "environment": environment(device, settings.amp),
+        "git": git_state(),
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    with whole(out / "record.json") as aside:
+        aside.write_text(json.dumps(record, indent=2) + "\n")
+    for leftover in (out / ".run").iterdir():
+        leftover.unlink()
+    (out / ".run").rmdir()
+    return record
+
+
+@torch.no_grad()
+def score(model, images, device, batch_size, amp=True):
+    """Anomaly maps (N,H,W) float32 and image scores (N,) of an `ImageSet`."""
+    model.eval()
+    maps, scores = np.empty((len(images), *images.size), np.float32), np.empty(len(images), np.float32)
+    for i in tqdm(range(0, len(images), batch_size), "score", unit="batch", leave=False):
+        chosen = slice(i, min(i + batch_size, len(images)))
+        batch = images.batch(range(chosen.start, chosen.stop), device)["image"]
+        with autocast(device, amp):
+            part = model.anomaly_map(batch).float()
+        maps[chosen], scores[chosen] = part.cpu().numpy(), model.image_score(part).cpu().numpy()
+    return maps, scores
+
+
+def load_model(folder, device="auto"):
+    """The trained model of a finished run, in eval mode on `device`."""
+    record = read_record(folder)
+    module = methods.get(record["method"])
+    tensors, metadata = read_safetensors(Path(folder) / "checkpoint.safetensors")
+    found = metadata.get("vitad_method")
+    if found != record["method"]:
+        raise UserError(
+            f"{folder}/checkpoint.safetensors is a checkpoint of {found or 'something else'}, but the record says "
+            f"{record['method']}. Run it again into another folder."
+        )
+    settings = resolve(module.Settings, {"recorded": {}}, "recorded", record["settings"])
+    model = module.Model(settings, "random").to(find_device(device))
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as e:
+        raise UserError(f"{folder}/checkpoint.safetensors does not fit: {str(e).splitlines()[-1].strip()}") from e
+    return model.eval()
+
+
+def read_record(folder):
+    """`record.json` of a run folder, as a dict."""
+    path = Path(folder) / "record.json"
+    if not path.is_file():
+        raise UserError(f"{folder} holds no record.json: not a finished run. Give the --out folder of one.")
+    try:
+        return json.loads(path.read_text())
+    except ValueError as e:
+        raise UserError(f"{path} is not readable ({e}). Run it again into another folder.") from e
+
+
+def read_records(folder):
+    """All records below a folder, sorted by path; each also holds its `folder`."""
+    paths = sorted(Path(folder).rglob("record.json"))
+    return [read_record(p.parent) | {"folder": p.parent} for p in paths]
+
+
+def read_maps(folder):
+    """`maps.npz` of a run: dict of arrays `maps, masks, scores, labels, paths, defects`."""
+    with np.load(Path(folder) / "maps.npz") as file:
+        return dict(file)
+
+
+def read_history(folder):
+    """`history.csv` of a run, numbers as floats; empty where nothing was trained."""
+    path = Path(folder) / "history.csv"
+    if not path.exists():
+        return []
+    with open(path, newline="") as file:
+        return [{k: v if k == "phase" else float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
+
+
+def find_device(name):
+    """`auto`, `cpu` or `cuda` as a torch device."""
+    if name not in ("auto", "cpu", "cuda"):
+        raise UserError(f"unknown device '{name}'. Choose auto, cpu or cuda.")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("device 'cuda' was asked for, but torch sees no CUDA GPU. Use --device auto or cpu.")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def check_seed(seed):
+    """`seed` as a whole number from 0."""
+    try:
+        number = int(seed)
+    except (TypeError, ValueError):
+        number = -1
+    if number < 0 or number != seed and str(number) != str(seed) or number >= 2**32:
+        raise UserError(f"seed {seed!r} is not usable. Give a whole number from 0.")
+    return number
+
+
+def environment(device=None, amp=None):
+    """The machine and the versions, as the record keeps them."""
+    device = device or find_device("auto")
+    cuda = device.type == "cuda"
+    with autocast(device, bool(amp)):
+        precision = "bfloat16 autocast" if torch.is_autocast_enabled(device.type) else "float32"
+    return {
+        "vitad": vitad.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "timm": version("timm"),
+        "numpy": np.__version__,
+        "platform": platform.platform(terse=True),
+        "device": device.type,
+        "device_name": torch.cuda.get_device_name() if cuda else _cpu_name(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "precision": precision,
+    }
+
+
+def describe_environment(device="auto", **settings):
+    """What a notebook prints first: versions, device, and the parameters it runs with."""
+    e = environment(find_device(device))
+    print(f"vitad {e['vitad']} · python {e['python']} · torch {e['torch']} · timm {e['timm']} · numpy {e['numpy']}")
+    print(f"device {e['device']}: {e['device_name']}, {e['threads']} threads")
+    print(" · ".join(f"{k}={v!r}" for k, v in settings.items()))
+
+
+def git_state():
+    """Commit of the source tree that vitad is imported from, and whether it was changed; None outside of one."""
+    here = Path(vitad.__file__).parent
+
+    def git(*words):
+        return subprocess.run(["git", "-C", here, *words], capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")) != here.parent:
+            return None
+        return {"commit": git("rev-parse", "HEAD"), "changed": bool(git("status", "--porcelain", "--", here))}
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _claim(out, request):
+    """The record, if `out` holds this very run finished; None if it can be run there; `UserError` otherwise."""
+    if not out.exists() or not any(out.iterdir()):
+        return None
+    if (out / "record.json").exists():
+        record = read_record(out)
+        there = record | {"weights_asked": record["weights"]["asked"], "data": record["protocol"]["data_sha256"]}
+    elif (out / ".run" / "request.json").exists():
+        record, there = None, json.loads((out / ".run" / "request.json").read_text())
+    elif {p.name for p in out.iterdir()} == {".run"}:
+        return None
+    else:
+        raise UserError(f"{out} holds files that are not a run. Give another folder with --out.")
+    mine, theirs = ({**r, **r["settings"], "settings": None} for r in (request, there))
+    for key, value in mine.items():
+        if theirs.get(key) != value:
+            raise UserError(
+                f"{out} holds another run: {key} is {theirs.get(key)!r} there and {value!r} here. "
+                "Give another folder with --out."
+            )
+    return record
+
+
+def _fingerprint(root, *lists):
+    """Hash of the relative names and sizes of all files of the split, so that other data is another run."""
+    digest = hashlib.sha256()
+    for records in lists:
+        for record in records:
+            for path in filter(None, (record.path, record.mask)):
+                digest.update(f"{path.relative_to(root).as_posix()} {path.stat().st_size}\n".encode())
+    return digest.hexdigest()
+
+
+def _timings(times, history, n_test):
+    seconds, previous = {}, times.pop("began")
+    for name, moment in times.items():
+        seconds[f"{name}_s"] = round(moment - previous, 3)
+        previous = moment
+    if history:  # of all sessions, where the run was resumed
+        seconds["train_s"] = history[-1]["seconds"]
+    seconds["test_images_per_s"] = round(n_test / max(seconds["score_s"], 1e-9), 2)
+    return seconds
+
+
+def _heatmaps(test, maps, scores, path):
+    chosen = plots.examples(test.labels, test.defects, per_kind=2, good=2, order=scores)
+    images = test.batch(chosen)["image"].numpy()
+    titles = [f"{test.defects[i]}\n{scores[i]:.3g}" for i in chosen]
+    fig = plots.heatmap_grid(
+        images, test.masks[chosen], maps[chosen], titles, plots.heat_range(maps), width=1.1 * len(chosen)
+    )
+    plots.save(fig, path, dpi=80)
+
+
+def _cpu_name():
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo") as file:
+            for line in file:
+                if line.startswith("model name"):
+                    return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()

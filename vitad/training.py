@@ -1,0 +1,185 @@
+"""The only training loop.
+
+A method says in `phases()` what is trained and how; this file does it. A run that is killed at any step and
+started again ends with the same weights as an unbroken one: the order of the images depends on seed and epoch
+only, and everything else that changes is saved, aside and then renamed, every half minute.
+"""
+
+import math
+import time
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from vitad.errors import UserError
+from vitad.files import whole
+
+SAVE_SECONDS = 30.0  # at least; and saving never takes more than a twentieth of the time
+CHECK_STEPS = 25  # the losses stay on the device for this many steps, so that no step waits for it
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One stage of training."""
+
+    name: str
+    parameters: list = field(repr=False)
+    epochs: int
+    batch_size: int
+    lr: float
+    optimizer: type = torch.optim.Adam
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    clip: float | None = None  # largest norm of the gradient
+    val_fraction: float = 0.0  # share of the normal training images that is held out
+    patience: int | None = None  # epochs without a better validation loss before stopping; needs val_fraction
+
+
+def autocast(device, enabled):
+    """bfloat16 autocast where the hardware has it: CUDA, and CPUs with AVX512-BF16. Elsewhere float32."""
+    enabled = enabled and (device.type == "cuda" or torch.cpu._is_avx512_bf16_supported())
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+
+
+def train(model, images, seed, device, amp=True, state_path=None):
+    """Train `model` on the `ImageSet` `images` through all its phases, resuming from `state_path` if it exists.
+
+    Returns:
+        history: one dict an epoch with `phase, epoch, seconds`, the mean of each loss, and `val` if there is one.
+
+    Raises:
+        UserError: a loss is not finite; the message names the step and the settings.
+    """
+    at = {"phase": 0, "epoch": 0, "step": 0, "losses": [], "best": None, "history": [], "seconds": 0.0}
+    saved = (
+        torch.load(state_path, map_location="cpu", weights_only=True) if state_path and state_path.exists() else None
+    )
+    if saved:
+        at = saved["at"]
+    phases = model.phases()
+    for number in range(at["phase"], len(phases)):
+        phase = phases[number]
+        optimizer = phase.optimizer(phase.parameters, lr=phase.lr, betas=phase.betas, weight_decay=phase.weight_decay)
+        val, fit = _hold_out(len(images), phase, [seed, number])
+        steps = math.ceil(len(fit) / phase.batch_size)
+        if saved:
+            model.load_state_dict(saved["model"])
+            optimizer.load_state_dict(saved["optimizer"])
+            _set_random_state(saved["random"])
+            saved = None
+        save = _Saver(state_path, at, model, optimizer)
+        bar = tqdm(desc=phase.name, total=phase.epochs * steps, initial=at["epoch"] * steps + at["step"], unit="step")
+
+        while at["epoch"] < phase.epochs and not _out_of_patience(phase, at):
+            model.train()
+            order = np.random.default_rng([seed, number, at["epoch"]]).permutation(fit)
+            while at["step"] < steps:
+                chosen = order[at["step"] * phase.batch_size :][: phase.batch_size]
+                with autocast(device, amp):
+                    losses = model.losses(images.batch(chosen, device))
+                optimizer.zero_grad(set_to_none=True)
+                sum(losses.values()).backward()
+                if phase.clip:
+                    torch.nn.utils.clip_grad_norm_(phase.parameters, phase.clip)
+                optimizer.step()
+                at["losses"].append(torch.stack([x.detach().float() for x in losses.values()]))
+                at["step"] += 1
+                bar.update()
+                if at["step"] % CHECK_STEPS == 0 and at["step"] < steps:
+                    _check_finite(at, phase, model)
+                    save.if_due()
+            _check_finite(at, phase, model)
+            means = dict(zip(losses, torch.stack(at["losses"]).mean(0).tolist(), strict=True))
+            row = {"phase": phase.name, "epoch": at["epoch"] + 1, **means}
+            if len(val):
+                row["val"] = _validate(model, images, val, phase, device, amp)
+                if at["best"] is None or row["val"] < at["best"]["val"]:
+                    weights = {k: v.detach().to("cpu", copy=True) for k, v in model.state_dict().items()}
+                    at["best"] = {"val": row["val"], "epoch": at["epoch"], "weights": weights}
+            at["history"].append(row)
+            at["epoch"], at["step"], at["losses"] = at["epoch"] + 1, 0, []
+            row["seconds"] = round(save.seconds(), 3)
+            bar.set_postfix(epoch=row["epoch"], **{k: f"{v:.4f}" for k, v in row.items() if k in means or k == "val"})
+            save.if_due()
+        bar.close()
+        if at["best"]:
+            model.load_state_dict(at["best"]["weights"])
+        at |= {"phase": number + 1, "epoch": 0, "best": None, "seconds": save.seconds()}
+    return at["history"]
+
+
+class _Saver:
+    """Keeps the time spent so far and writes the state of the run now and then."""
+
+    def __init__(self, path, at, model, optimizer):
+        self.path, self.at, self.model, self.optimizer = path, at, model, optimizer
+        self.began = time.monotonic() - at["seconds"]
+        self.last, self.took = time.monotonic(), 0.0
+
+    def seconds(self):
+        return time.monotonic() - self.began
+
+    def if_due(self):
+        if not self.path or time.monotonic() - self.last < max(SAVE_SECONDS, 20 * self.took):
+            return
+        began = time.monotonic()
+        self.at["seconds"] = self.seconds()
+        state = {
+            "at": self.at,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "random": _random_state(),
+        }
+        with whole(self.path) as aside:
+            torch.save(state, aside)
+        self.last = time.monotonic()
+        self.took = self.last - began
+
+
+def _hold_out(n, phase, seed):
+    """Indices (validation, training): a fixed random part of the normal training images is held out."""
+    order = np.random.default_rng(seed).permutation(n)
+    n_val = math.ceil(phase.val_fraction * n)
+    if n_val == n:
+        raise UserError(f"val_fraction={phase.val_fraction} leaves none of {n} images for training. Make it smaller.")
+    return order[:n_val], order[n_val:]
+
+
+def _out_of_patience(phase, at):
+    best = at["best"]
+    return bool(phase.patience and best and at["epoch"] - 1 - best["epoch"] >= phase.patience)
+
+
+def _check_finite(at, phase, model):
+    finite = torch.stack(at["losses"]).isfinite().all(1)
+    if not finite.all():
+        step = int((~finite).nonzero()[0]) + 1
+        raise UserError(
+            f"the loss is not finite at phase {phase.name}, epoch {at['epoch'] + 1}, step {step}, "
+            f"with {model.settings}. A smaller lr is the usual mend."
+        )
+
+
+@torch.no_grad()
+def _validate(model, images, val, phase, device, amp):
+    """Mean total loss over the held-out images."""
+    model.eval()
+    total = 0.0
+    for i in range(0, len(val), phase.batch_size):
+        batch = images.batch(val[i : i + phase.batch_size], device)
+        with autocast(device, amp):
+            total = total + sum(model.losses(batch).values()).float() * len(batch["image"])
+    return float(total) / len(val)
+
+
+def _random_state():
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"cpu": torch.get_rng_state(), "cuda": cuda}
+
+
+def _set_random_state(state):
+    torch.set_rng_state(state["cpu"])
+    if state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])
