@@ -1,6 +1,7 @@
 """Image AUROC, pixel AUROC, pixel AP and PRO: exact, ties included.
 
-All four are means over *anomalous* scores. Let `B` be the scores of the defect-free pixels and, for a threshold `s`,
+All four are means over the *anomalous* pixels (or images); PRO gives each region the same weight, the others each
+pixel. Let `B` be the scores of the defect-free pixels and, for a score `s`,
 
     f0(s) = share of B above s,        f1(s) = share of B at or above s        (they differ by the ties with s).
 
@@ -10,7 +11,7 @@ the area under the PRO curve the same, cut at the limit. No curve is built and n
 once and every anomalous pixel looks itself up.
 
 Sources: AUROC as the Mann-Whitney statistic, Hanley & McNeil 1982; AP as the sum of precision times the step in recall
-(scikit-learn's definition); PRO, Bergmann et al. 2021 (MVTec AD, IJCV 129), sec. 5.2.
+(scikit-learn's definition, no interpolation); PRO and its limit of 0.3, Bergmann et al. 2020 (Uninformed Students).
 """
 
 from numbers import Real
