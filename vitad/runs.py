@@ -266,7 +266,7 @@ def environment(device=None, amp=None):
         "torch": torch.__version__,
         "timm": version("timm"),
         "numpy": np.__version__,
-        "platform": platform.platform(terse=True),
+        "platform": f"{platform.system()} {platform.machine()}",
         "device": device.type,
         "device_name": torch.cuda.get_device_name() if cuda else _cpu_name(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),

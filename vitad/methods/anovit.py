@@ -53,10 +53,10 @@ PRESETS = {
     # For two cores: a smaller encoder and input, smoothing scaled with the input, far fewer epochs.
     "small": {
         "encoder": DINOV2_S14,
-        "image_size": 168,
-        "epochs": 20,
-        "seg_sigma": 2.6,
-        "det_sigma": 6.6,
+        "image_size": 140,
+        "epochs": 12,
+        "seg_sigma": 2.2,
+        "det_sigma": 5.5,
     },
     "demo": {
         "encoder": "vit_tiny_patch16_224",

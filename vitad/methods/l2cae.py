@@ -31,7 +31,7 @@ class Settings:
 
 PRESETS = {
     "paper": {},
-    "small": {"epochs": 60},  # for two cores: fewer epochs, nothing else
+    "small": {"epochs": 30},  # for two cores: fewer epochs, nothing else
     "demo": {"image_size": 128, "epochs": 60, "lr": 1e-3, "sigma": 2.0},
     "smoke": {"image_size": 64, "latent": 16, "epochs": 2, "sigma": 1.0, "amp": False},
 }
