@@ -1,0 +1,58 @@
+# `make` lists the targets.
+VENV        := .venv
+PY          := $(VENV)/bin/python
+READY       := $(VENV)/.ready
+PYTHON      ?= python3.11
+JOBS        ?= 2
+# Where a machine without an NVIDIA GPU finds the small CPU builds of torch; skipped if it does not answer.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+
+# Notebooks run with this environment's Python, never with a kernel that a user has installed elsewhere.
+export JUPYTER_PREFER_ENV_PATH := 1
+
+.PHONY: help env book test bench clean
+
+help:
+	@echo "make book    install into $(VENV), run every notebook, build the HTML book"
+	@echo "             PRESET= DATASET= CATEGORY= DATA_ROOT= SPLIT= SEED= DEVICE=   other parameters than the defaults"
+	@echo "             JOBS=                                       notebooks that run at a time"
+	@echo "make test    install into $(VENV), run the tests of the library and the notebooks as committed"
+	@echo "make bench   time the metrics"
+	@echo "make env     only install into $(VENV)"
+	@echo "make clean   remove everything built, except $(VENV)"
+
+env: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	@$(PY) -m pip --version >/dev/null 2>&1 || { \
+	  for python in $(PYTHON) python3; do \
+	    $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && break; python=; \
+	  done; \
+	  test -n "$$python" || { echo "vitad needs Python 3.11 or newer; name it with: make PYTHON=/path/to/python"; exit 1; }; \
+	  $$python -m venv --clear $(VENV) || { echo "$$python cannot make a virtual environment (Debian: apt install python3-venv)"; exit 1; }; }
+	@index=; \
+	if ! command -v nvidia-smi >/dev/null && \
+	  $(PY) -c 'from urllib.request import urlopen; urlopen("$(TORCH_INDEX)/torch/", timeout=5)' 2>/dev/null; then \
+	  index="--extra-index-url $(TORCH_INDEX)"; \
+	fi; \
+	echo "Installing into $(VENV), about 2 GB: two minutes or more $${index:+(torch from $(TORCH_INDEX))}"; \
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt $$index torch torchvision -e ".[book,test,offline]"
+	@touch $@
+
+# Everything set on the command line goes to the script, which refuses names that it does not know.
+book: $(READY)
+	@$(PY) book/build.py $(filter-out PYTHON=% TORCH_INDEX=%,$(MAKEOVERRIDES))
+
+test: export OMP_NUM_THREADS = 1
+test: $(READY)
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+	$(PY) -m pytest -q -n $(JOBS) --dist loadfile
+	rm -rf notebooks/runs
+	$(PY) -m pytest -q -n $(JOBS) --dist loadfile --nbval-lax --nbval-current-env notebooks
+
+bench: $(READY)
+	$(PY) tests/bench_metrics.py
+
+clean:
+	rm -rf book/_build notebooks/runs .pytest_cache .ruff_cache
