@@ -62,7 +62,7 @@ def blobs(rng, n, side, per_image=3):
 
 def case(kind):
     rng = np.random.default_rng(7)
-    masks = blobs(rng, 5, 16)
+    masks = blobs(rng, 4, 16)
     maps = rng.random(masks.shape) + 0.4 * masks
     if kind == "tied":
         maps = np.floor(5 * maps)
@@ -85,7 +85,7 @@ def case(kind):
     elif kind == "regions touch diagonally":
         masks = np.broadcast_to(np.indices((16, 16)).sum(0) % 4 == 0, masks.shape).copy()
     elif kind == "salt":
-        masks = rng.random(masks.shape) < 0.2
+        masks = rng.random(masks.shape) < 0.1
     elif kind == "one background pixel":
         masks[:] = True
         masks[1, 5, 5] = False
