@@ -40,6 +40,7 @@ def run(
     weights="auto",
     out="runs/latest",
     skip_bad=False,
+    say=None,
 ):
     """Train and evaluate one method on one data set; returns the record.
 
@@ -54,6 +55,7 @@ def run(
         device: `auto` (CUDA where there is one), `cpu` or `cuda`.
         weights: of the backbone, see `vitad.backbones.vit`.
         out: folder of the run.
+        say: called with lines of text about the data and the weights, such as `print`.
 
     Raises:
         UserError: on bad input, before anything is written.
@@ -79,6 +81,7 @@ def run(
     finished = _claim(out, request)
     if finished:
         return finished
+    say = say or (lambda text: None)
 
     times = {"began": time.monotonic()}
     torch.manual_seed(seed)
@@ -86,7 +89,8 @@ def run(
     sets = data.load(
         dataset, data_root, category, split, settings.image_size, mask_threshold=MASK_THRESHOLD, skip_bad=skip_bad
     )
-    (out / ".run").mkdir(parents=True, exist_ok=True)
+    say(data.describe(sets))
+    say(f"weights: {model.weights['source']}")
     with whole(out / ".run" / "request.json") as aside:
         aside.write_text(json.dumps(request))
     times["load"] = time.monotonic()

@@ -10,7 +10,7 @@ from vitad.data import folder, mt, toy
 from vitad.data.samples import ImageSet, Record, Split, cache_dir
 from vitad.errors import UserError, unknown
 
-__all__ = ["DATASETS", "ImageSet", "Record", "Split", "cache_dir", "find", "load"]
+__all__ = ["DATASETS", "ImageSet", "Record", "Split", "cache_dir", "describe", "find", "load"]
 DATASETS = ("toy", "mt", "folder")
 
 
@@ -67,3 +67,21 @@ def load(name, root=None, category=None, split=None, image_size=224, mask_thresh
     if not len(sets[1]):
         raise UserError(f"none of the {len(test)} test images in {root} can be read.")
     return Split(name, category, split, *sets)
+
+
+def describe(split):
+    """Table of what `load` found, as text: images and masks by kind, sizes, what was skipped."""
+    test = split.test
+    rows = [("train", "good", len(split.train), "")]
+    for kind in sorted(set(test.defects), key=lambda k: (k != "good", k)):
+        chosen = test.defects == kind
+        masks = f"{int(test.masks[chosen].any((1, 2)).sum())}" if test.has_masks and kind != "good" else ""
+        rows.append(("test", kind, int(chosen.sum()), masks))
+    rows = [("part", "kind", "images", "with mask"), *rows]
+    widths = [max(len(str(row[i])) for row in rows) for i in range(4)]
+    lines = [f"{p:<{widths[0]}}  {k:<{widths[1]}}  {n:>{widths[2]}}  {m:>{widths[3]}}".rstrip() for p, k, n, m in rows]
+    name = " ".join(filter(None, (split.name, split.category, split.split)))
+    skipped = split.train.skipped + test.skipped
+    if skipped:
+        lines.append(f"skipped {len(skipped)} unreadable: {', '.join(skipped[:3])}{' ...' if len(skipped) > 3 else ''}")
+    return "\n".join([f"{name}, {test.size[0]}x{test.size[1]} px", *lines])

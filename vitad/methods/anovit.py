@@ -61,11 +61,10 @@ PRESETS = {
     "demo": {
         "encoder": "vit_tiny_patch16_224",
         "pretrained": False,
-        "image_size": 128,
-        "epochs": 40,
-        "lr": 1e-3,
-        "seg_sigma": 2.0,
-        "det_sigma": 5.0,
+        "image_size": 96,
+        "epochs": 30,
+        "seg_sigma": 1.5,
+        "det_sigma": 3.75,
     },
     "smoke": {
         "encoder": "test_vit",

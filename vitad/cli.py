@@ -1,0 +1,137 @@
+"""The command line: `vitad run`, `vitad show`, `vitad data show`."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from vitad.errors import UserError
+
+
+def main(argv=None):
+    """Entry point; returns the exit status: 0, or 2 after a user's mistake."""
+    args = _parser().parse_args(argv)
+    try:
+        args.action(args)
+    except UserError as e:
+        print(f"vitad: error: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("vitad: interrupted. The same command goes on from there.", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 0
+    return 0
+
+
+def _run(args):
+    from vitad.runs import run
+
+    run(
+        args.method,
+        args.dataset,
+        category=args.category,
+        split=args.split,
+        data_root=args.data_root,
+        preset=args.preset,
+        seed=args.seed,
+        device=args.device,
+        overrides=args.set,
+        weights=args.weights,
+        out=args.out,
+        skip_bad=args.skip_bad,
+        say=print,
+    )
+    _show(args)
+
+
+def _show(args):
+    from vitad.runs import read_record
+
+    record = read_record(args.out)
+    where = " ".join(str(record[k]) for k in ("dataset", "category", "split") if record[k])
+    weights = record["weights"]["source"]
+    e, git, counts, times = record["environment"], record["git"], record["counts"], record["timings"]
+    commit = f"{git['commit'][:10]}{' with changes' if git['changed'] else ''}" if git else "unknown"
+    rows = [
+        ("method", f"{record['method']}: {record['paper']}"),
+        (
+            "data",
+            f"{where}: {counts['train']} train, {counts['test_good']} good + {counts['test_defective']} defective",
+        ),
+        ("preset", f"{record['preset']}, seed {record['seed']}"),
+        ("overrides", ", ".join(f"{k}={v}" for k, v in record["overrides"].items()) or "none"),
+        ("weights", weights),
+        *((name, "no value" if value is None else f"{value:.4f}") for name, value in record["metrics"].items()),
+        ("time", f"train {times['train_s']:.1f} s, score {times['test_images_per_s']:.1f} images/s"),
+        ("machine", f"{e['device']}, {e['device_name']}, {e['threads']} threads, {e['precision']}"),
+        ("commit", commit),
+        ("finished", record["finished"]),
+        ("heatmaps", str(Path(args.out) / "heatmaps.png")),
+    ]
+    for name, value in rows:
+        print(f"{name:<12} {value}")
+
+
+def _data_show(args):
+    from vitad import data, plots
+
+    split = data.load(
+        args.name, args.data_root, args.category, args.split, image_size=args.image_size, skip_bad=args.skip_bad
+    )
+    print(data.describe(split))
+    test = split.test
+    chosen = plots.examples(test.labels, test.defects, per_kind=8, good=8)
+    titles = [test.defects[i] for i in chosen]
+    fig = plots.contact_sheet(test.batch(chosen)["image"].numpy(), test.masks[chosen], titles)
+    plots.save(fig, args.out, dpi=150)
+    print(f"contact sheet: {args.out}")
+
+
+def _parser():
+    parser = argparse.ArgumentParser(prog="vitad", description="Visual anomaly detection with Vision Transformers.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    run = commands.add_parser("run", help="train and evaluate one method on one data set")
+    run.add_argument("method", metavar="METHOD", help="anovit, l2cae or patchknn")
+    _data_options(run.add_argument, "--dataset")
+    run.add_argument("--preset", default="demo", help="smoke, demo (default), small or paper; anovit also legacy")
+    run.add_argument("--seed", default=0, help="a whole number from 0 (default 0)")
+    run.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
+    run.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="settings that differ from the preset",
+    )
+    run.add_argument("--weights", default="auto", help="of the backbone: auto (default), random, or a safetensors file")
+    run.add_argument("--out", required=True, metavar="DIR", help="folder of the run; the same call again resumes it")
+    run.set_defaults(action=_run)
+
+    show = commands.add_parser("show", help="print the record of a run")
+    show.add_argument("out", metavar="DIR")
+    show.set_defaults(action=_show)
+
+    data = commands.add_parser("data", help="look at data sets").add_subparsers(required=True, metavar="COMMAND")
+    sheet = data.add_parser("show", help="count the images and draw a contact sheet with the masks outlined")
+    _data_options(sheet.add_argument, "name")
+    sheet.add_argument("--image-size", type=int, default=192, help="side in px (default 192)")
+    sheet.add_argument("--out", default="contact-sheet.png", metavar="FILE", help="default contact-sheet.png")
+    sheet.set_defaults(action=_data_show)
+    return parser
+
+
+def _data_options(add, name):
+    if name.startswith("-"):
+        add(name, default="toy", help="toy (default), mt or folder")
+    else:
+        add(name, metavar="NAME", help="toy, mt or folder")
+    add("--category", help="one of the folders of the data set; toy: weave, grain or gear")
+    add("--split", help="mt: grouped (default), differnet or mala100")
+    add("--data-root", metavar="DIR", help="folder of the data set; for mt also the variable VITAD_MT_ROOT")
+    add("--skip-bad", action="store_true", help="leave unreadable images out and count them in the record")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,71 @@
+"""Interactive parts of the notebooks.
+
+Everything that a widget can show is computed when the notebook runs and stored with it, and a link between two
+properties in the browser chooses what is seen. So it also works in the published page, where there is no kernel.
+"""
+
+import ipywidgets as widgets
+import numpy as np
+
+
+def slider_over(frames, labels, description):
+    """A slider that chooses among HTML texts.
+
+    Args:
+        frames: HTML of each position.
+        labels: what to call each position; shown in the frame's first line.
+        description: name of the slider.
+    """
+    slider = widgets.IntSlider(
+        value=len(frames) // 2,
+        min=0,
+        max=len(frames) - 1,
+        description=description,
+        readout=False,
+        layout=widgets.Layout(width="95%", max_width="560px"),
+    )
+    stack = widgets.Stack(
+        children=[widgets.HTML(f"<b>{label}</b><br>{frame}") for label, frame in zip(labels, frames, strict=True)],
+        selected_index=slider.value,
+    )
+    widgets.jslink((slider, "value"), (stack, "selected_index"))
+    return widgets.VBox([slider, stack])
+
+
+def threshold_explorer(scores, labels, steps=41):
+    """Slider over the threshold on the image score: which good images raise an alarm, which defects are missed.
+
+    scores (N,), labels (N,) with 1 = defective. An image at or above the threshold is called defective.
+    """
+    scores, labels = np.asarray(scores, float), np.asarray(labels)
+    thresholds = np.linspace(scores.min(), scores.max(), steps)
+    frames = [_confusion(scores, labels, t) for t in thresholds]
+    return slider_over(frames, [f"threshold {t:.3g}" for t in thresholds], "threshold")
+
+
+def _confusion(scores, labels, threshold):
+    alarm = scores >= threshold
+    cells = [[int(((labels == truth) & (alarm == said)).sum()) for said in (True, False)] for truth in (1, 0)]
+    (hit, missed), (false_alarm, passed) = cells
+    low, high = scores.min(), scores.max()
+
+    def x(value):
+        return 10 + 480 * (value - low) / (high - low or 1)
+
+    dots = "".join(
+        f'<circle cx="{x(s):.1f}" cy="{34 if label else 74}" r="5" fill="{"#ee6677" if label else "#4477aa"}" '
+        f'fill-opacity="0.45"/>'
+        for s, label in zip(scores, labels, strict=True)
+    )
+    row = '<tr><td style="padding:2px 14px 2px 0">{}</td><td style="padding:2px 14px">{}</td><td>{}</td></tr>'
+    return (
+        '<svg viewBox="0 0 500 100" style="width:100%;max-width:560px" role="img" aria-label="image scores">'
+        '<g font-size="11" fill="currentColor"><text x="10" y="18">defective</text><text x="10" y="58">good</text></g>'
+        f'{dots}<line x1="{x(threshold):.1f}" x2="{x(threshold):.1f}" y1="4" y2="96" stroke="currentColor" '
+        'stroke-width="2" stroke-dasharray="4 3"/></svg>'
+        "<table>"
+        + row.format("", "called defective", "called good")
+        + row.format("defective images", f"<b>{hit}</b>", f"{missed} missed")
+        + row.format("good images", f"{false_alarm} false alarms", f"<b>{passed}</b>")
+        + "</table>"
+    )
