@@ -1,11 +1,11 @@
 """Run every notebook with papermill, then build the HTML book from the executed copies.
 
-    python book/build.py [JOBS=2] [PRESET=paper] [DATASET=mt] [DATA_ROOT=DIR] [SPLIT=...] [CATEGORY=...] [SEED=0] [DEVICE=cuda]
+    python book/build.py [JOBS=2] [PRESET=paper] [DATASET=mt] [DATA_ROOT=DIR] [SPLIT=] [CATEGORY=] [SEED=] [DEVICE=]
 
 The committed notebooks are read, never written. Under book/_build come
-    work/NAME-RUN/            where a notebook runs, so `out_dir = "runs"` lies here; RUN hashes library and parameters
-    executed/NAME-KEY.ipynb   a notebook that finished; KEY hashes the notebook too, and an unchanged one is not run again
-    source/                   the book's source with the executed notebooks in place of the committed ones
+    work/NAME-RUN/            where a notebook runs, and so its `out_dir = "runs"`; RUN hashes library and parameters
+    executed/NAME-KEY.ipynb   a finished notebook; KEY hashes the notebook as well, and what is unchanged is not rerun
+    source/                   the book's source, with the executed notebooks in place of the committed ones
     html/index.html           the pages
 """
 
@@ -68,18 +68,14 @@ def error_of(error: Exception) -> str:
     return "\n    ".join([f"cell In [{error.exec_count}]", *dict.fromkeys(arrows[:1] + arrows[-1:]), lines[-1]])
 
 
-def start_worker(lock, slots):
-    tqdm.set_lock(lock)
-    start_worker.slot = slots.get()
-
-
 def execute(notebook: Path, work: Path, done: Path, parameters: dict) -> str | None:
     """Run one notebook in the folder `work` and move it to `done` when it is whole; otherwise say what went wrong."""
     work.mkdir(parents=True, exist_ok=True)
     partial = work / notebook.name
-    declared = papermill.inspect_notebook(notebook)
-    bar = dict(desc=f"  {notebook.stem}", position=start_worker.slot, leave=False, disable=None)
+    line = int(multiprocessing.current_process().name.rpartition("-")[2])  # SpawnProcess-1, -2: below the bar of all
+    bar = dict(desc=f"  {notebook.stem}", position=line, leave=False, disable=None)
     try:
+        declared = papermill.inspect_notebook(notebook)
         nb = papermill.execute_notebook(
             notebook,
             partial,
@@ -87,7 +83,7 @@ def execute(notebook: Path, work: Path, done: Path, parameters: dict) -> str | N
             kernel_name="python3",
             cwd=work,
             progress_bar=bar,
-            extra_arguments=["--IPKernelApp.log_level=ERROR"],  # no notice a kernel about unencrypted local sockets
+            extra_arguments=["--IPKernelApp.log_level=CRITICAL"],  # else every kernel warns of unencrypted sockets
         )
     except Exception as error:
         return f"{error_of(error)}\n    as far as it came: {partial}"
@@ -116,22 +112,21 @@ def run_notebooks(parameters: dict, jobs: int | None) -> dict[Path, Path]:
     print(f"{len(executed)} notebooks, {len(todo)} to run, {jobs} at a time; parameters: {chosen}", flush=True)
 
     spawn, failures = multiprocessing.get_context("spawn"), []
-    slots = spawn.Manager().Queue()
-    for slot in range(jobs):
-        slots.put(slot + 1)
+    tqdm.set_lock(spawn.RLock())
     with (
-        ProcessPoolExecutor(jobs, spawn, start_worker, (spawn.RLock(), slots)) as pool,
+        ProcessPoolExecutor(jobs, spawn, tqdm.set_lock, [tqdm.get_lock()]) as pool,
         tqdm(total=len(executed), initial=len(executed) - len(todo), desc="notebooks", unit="notebook") as bar,
     ):
         running = {pool.submit(execute, *job): job[0] for job in todo}
         for future in as_completed(running):
             if future.cancelled():
                 continue
-            bar.update()
             if failure := future.result():
                 failures.append(f"{running[future].relative_to(ROOT)}: {failure}")
                 tqdm.write(f"FAILED {failures[-1]}")
                 pool.shutdown(wait=False, cancel_futures=True)
+            else:
+                bar.update()
     if failures:
         sys.exit(f"book: stopped, {len(failures)} of {len(todo)} notebooks failed; those that finished are kept")
     return executed
@@ -140,7 +135,7 @@ def run_notebooks(parameters: dict, jobs: int | None) -> dict[Path, Path]:
 def build_html(executed: dict[Path, Path]) -> None:
     """Jupyter Book over a copy of the source; warnings are errors, and every page of the contents must be there."""
     source, html = BUILD / "source", BUILD / "html"
-    for folder in (source, html, BUILD / ".doctrees"):  # a page kept from an earlier build would keep its warnings quiet
+    for folder in (source, html, BUILD / ".doctrees"):  # a page that is not built again does not warn again
         shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(ROOT / "book", source / "book", ignore=shutil.ignore_patterns("_build", "__pycache__"))
     shutil.copy(ROOT / "_config.yml", source)
@@ -150,9 +145,9 @@ def build_html(executed: dict[Path, Path]) -> None:
     for notebook, done in executed.items():
         shutil.copy(done, source / "notebooks" / notebook.name)
 
-    toc = source / "book" / "_toc.yml"
-    command = [Path(sys.executable).with_name("jupyter-book"), "build", source, "--toc", toc, "--path-output", ROOT / "book"]
-    result = subprocess.run([*command, "-W", "-n", "--keep-going", "-q"], capture_output=True, text=True)
+    toc, tool = source / "book" / "_toc.yml", Path(sys.executable).with_name("jupyter-book")
+    command = [tool, "build", source, "--toc", toc, "--path-output", ROOT / "book", "-W", "-n", "--keep-going", "-q"]
+    result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
         sys.exit(f"{result.stdout}{result.stderr}book: Jupyter Book reported the problems above")
 
