@@ -24,6 +24,7 @@ from vitad.settings import as_json, parse_overrides, resolve
 from vitad.training import autocast, train
 
 PRO_LIMIT = 0.3
+METRIC_NAMES = {"image_auroc": "image AUROC", "pixel_auroc": "pixel AUROC", "pixel_ap": "pixel AP", "pro": "PRO"}
 MASK_THRESHOLD = 0
 
 
@@ -221,6 +222,62 @@ def read_records(folder):
     """All records below a folder, sorted by path; each also holds its `folder`."""
     paths = sorted(Path(folder).rglob("record.json"))
     return [read_record(p.parent) | {"folder": p.parent} for p in paths]
+
+
+def committed(dataset=None, method=None, preset=None):
+    """Records that come with the book, below `results/` of the source tree; [] where vitad was installed without it."""
+    asked = {"dataset": dataset, "method": method, "preset": preset}
+    records = read_records(Path(vitad.__file__).parent.parent / "results")
+    return [r for r in records if all(value in (None, r[key]) for key, value in asked.items())]
+
+
+def table(records):
+    """One line a run: a pandas DataFrame of what was run and its four figures."""
+    import pandas as pd
+
+    return pd.DataFrame(
+        {
+            "method": r["method"],
+            "data": " ".join(filter(None, (r["dataset"], r["category"], r["split"]))),
+            "preset": r["preset"],
+            "px": r["protocol"]["image_size"][0],
+            "seed": r["seed"],
+            **{METRIC_NAMES[k]: v for k, v in r["metrics"].items()},
+            "minutes": sum(r["timings"][k] for k in ("load_s", "prepare_s", "train_s", "score_s")) / 60,
+        }
+        for r in records
+    )
+
+
+def table_over_seeds(records):
+    """One line for each set of runs that differ in the seed only: number of seeds, mean and standard deviation.
+
+    A single seed has no spread and shows none.
+    """
+    names, keys = list(METRIC_NAMES.values()), ["data", "method", "preset", "px"]
+    groups = table(records).groupby(keys, sort=False)
+
+    def mean_and_spread(values):
+        if values.isna().any():
+            return "–"
+        spread = f" ± {values.std(ddof=1):.3f}" if len(values) > 1 else ""
+        return f"{values.mean():.3f}{spread}"
+
+    result = groups[names].agg(mean_and_spread)
+    result.insert(0, "seeds", groups.size())
+    return result.reset_index()
+
+
+def expected(records, metric="image_auroc"):
+    """(mean, tolerance, n) of a figure over the seeds of committed runs.
+
+    The tolerance is ours: three standard deviations of the seeds, and at least 0.02. (nan, nan, 0) without runs.
+    """
+    values = np.array([r["metrics"][metric] for r in records], float)
+    if not len(values):
+        return float("nan"), float("nan"), 0
+    spread = values.std(ddof=1) if len(values) > 1 else 0.0
+    return float(values.mean()), float(max(3 * spread, 0.02)), len(values)
 
 
 def read_maps(folder):
