@@ -12,7 +12,7 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from vitad.errors import UserError
 from vitad.files import whole

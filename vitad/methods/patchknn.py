@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import nn
 from torch.nn import functional as F
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from vitad.backbones import DINOV2_S14, intermediate, normalise, vit
 from vitad.blocks import gaussian_blur, top_mean
