@@ -268,6 +268,14 @@ def table_over_seeds(records):
     return result.reset_index()
 
 
+def compare_splits(records, honest, other):
+    """What changing the split does to each method: image AUROC on both (mean over seeds), and the gain."""
+    runs_ = table(records).assign(split=[r["split"] for r in records])
+    means = runs_.pivot_table("image AUROC", ["method", "preset", "px"], "split")
+    means = means.reindex(columns=[honest, other]).dropna().round(3)
+    return means.assign(gain=(means[other] - means[honest]).round(3)).reset_index().rename_axis(columns=None)
+
+
 def expected(records, metric="image_auroc"):
     """(mean, tolerance, n) of a figure over the seeds of committed runs.
 
