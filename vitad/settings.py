@@ -77,7 +77,7 @@ def _convert(key, value, kind):
         raise wrong
     try:
         converted = kind(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):  # the last for int(inf)
         raise wrong from None
     if kind is int and isinstance(value, float) and value != converted:
         raise wrong
@@ -96,11 +96,8 @@ def _check(settings):
     """Ranges that hold for every method; a method checks what is its own when it is made."""
     for field in fields(settings):
         value = getattr(settings, field.name)
-        if (
-            isinstance(value, (int, float))
-            and not isinstance(value, bool)
-            and not (math.isfinite(value) and value >= 0)
-        ):
+        numbers = [v for v in (value if isinstance(value, tuple) else (value,)) if isinstance(v, (int, float))]
+        if not all(math.isfinite(v) and v >= 0 for v in numbers):
             raise UserError(f"setting {field.name}={value} is out of range: it cannot be negative, infinite or NaN.")
         if field.name in ("image_size", "epochs", "batch_size") and value < 1:
             raise UserError(f"setting {field.name}={value} is out of range: it has to be at least 1.")
