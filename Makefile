@@ -2,7 +2,6 @@
 VENV        := .venv
 PY          := $(VENV)/bin/python
 READY       := $(VENV)/.ready
-PYTHON      ?= python3.11
 JOBS        ?= 2
 # Where a machine without an NVIDIA GPU finds the small CPU builds of torch; skipped if it does not answer.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
@@ -25,10 +24,10 @@ env: $(READY)
 
 $(READY): pyproject.toml constraints.txt
 	@$(PY) -m pip --version >/dev/null 2>&1 || { \
-	  for python in $(PYTHON) python3; do \
+	  for python in $(or $(PYTHON),python3.11 python3); do \
 	    $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && break; python=; \
 	  done; \
-	  test -n "$$python" || { echo "vitad needs Python 3.11 or newer; name it with: make PYTHON=/path/to/python"; exit 1; }; \
+	  test -n "$$python" || { echo "No Python 3.11 or newer found as $(or $(PYTHON),python3.11 or python3); name one: make PYTHON=/path/to/python"; exit 1; }; \
 	  $$python -m venv --clear $(VENV) || { echo "$$python cannot make a virtual environment (Debian: apt install python3-venv)"; exit 1; }; }
 	@index=; \
 	if ! command -v nvidia-smi >/dev/null && \
