@@ -235,7 +235,7 @@ def table(records):
     """One line a run: a pandas DataFrame of what was run and its four figures."""
     import pandas as pd
 
-    return pd.DataFrame(
+    rows = [
         {
             "method": r["method"],
             "data": " ".join(filter(None, (r["dataset"], r["category"], r["split"]))),
@@ -246,7 +246,9 @@ def table(records):
             "minutes": sum(r["timings"][k] for k in ("load_s", "prepare_s", "train_s", "score_s")) / 60,
         }
         for r in records
-    )
+    ]
+    columns = ["method", "data", "preset", "px", "seed", *METRIC_NAMES.values(), "minutes"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def table_over_seeds(records):
