@@ -4,6 +4,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
+from vitad.files import whole
+
 HEAT = "inferno"
 OUTLINE = "#00c2a8"  # ground truth; told apart from the heat scale by colour-blind readers too
 
@@ -32,7 +34,7 @@ def heat_range(maps, labels=None):
     return float(low), float(max(high, low + 1e-9))
 
 
-def heatmap_grid(images, masks, maps, titles, limits=None, rows=None, width=8.0):
+def heatmap_grid(images, masks, maps, titles, limits=None, width=8.0):
     """Images with the true defect outlined above their anomaly maps, one column an image.
 
     images (n,3,H,W) in [0,1], masks (n,H,W) bool or None, maps (n,H,W) or {method: (n,H,W)}; `limits` is the
@@ -123,8 +125,6 @@ def outline(axis, mask, colour, width):
 
 def save(fig, path, dpi=100):
     """Write a figure as PNG, whole or not at all, and close it."""
-    from vitad.files import whole
-
     with whole(path) as aside:
         fig.savefig(aside, format="png", dpi=dpi)
     plt.close(fig)

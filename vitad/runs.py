@@ -5,8 +5,10 @@ import hashlib
 import json
 import os
 import platform
+import shutil
 import subprocess
 import time
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -92,84 +94,67 @@ def run(
     )
     say(data.describe(sets))
     say(f"weights: {model.weights['source']}")
-    with whole(out / ".run" / "request.json") as aside:
-        aside.write_text(json.dumps(request))
     times["load"] = time.monotonic()
+    with _unfinished(out, request) as state:
+        if hasattr(model, "prepare"):
+            model.prepare(sets.train, device)
+        times["prepare"] = time.monotonic()
+        history = train(model, sets.train, seed, device, settings.amp, state)
+        times["train"] = time.monotonic()
+        maps, scores = score(model, sets.test, device, settings.batch_size, settings.amp)
+        times["score"] = time.monotonic()
 
-    if hasattr(model, "prepare"):
-        model.prepare(sets.train, device)
-    times["prepare"] = time.monotonic()
-    history = train(model, sets.train, seed, device, settings.amp, out / ".run" / "state.pt")
-    times["train"] = time.monotonic()
-    maps, scores = score(model, sets.test, device, settings.batch_size, settings.amp)
-    times["score"] = time.monotonic()
+        test = sets.test
+        # A defect whose mask is empty, as published or after the resize, would pass for background.
+        located = (test.labels == 0) | test.masks.any((1, 2))
+        masks = test.masks[located] if test.has_masks else None
+        metrics = evaluate(maps[located], masks, scores, test.labels, PRO_LIMIT)
+        times["evaluate"] = time.monotonic()
 
-    test = sets.test
-    # A defect whose mask is empty, as published or after the resize, would pass for background.
-    located = (test.labels == 0) | test.masks.any((1, 2))
-    metrics = evaluate(maps[located], test.masks[located] if test.has_masks else None, scores, test.labels, PRO_LIMIT)
-    times["evaluate"] = time.monotonic()
-
-    model_state = model.state_dict()
-    write_safetensors(
-        model_state, out / "checkpoint.safetensors", {"vitad_method": method, "settings": json.dumps(as_json(settings))}
-    )
-    with whole(out / "maps.npz") as aside, open(aside, "wb") as file:
-        np.savez(
-            file, maps=maps, masks=test.masks, scores=scores, labels=test.labels, paths=test.paths, defects=test.defects
-        )
-    if history:
-        with whole(out / "history.csv") as aside, open(aside, "w", newline="") as file:
-            table = csv.DictWriter(file, list(dict.fromkeys(k for row in history for k in row)))
-            table.writeheader()
-            table.writerows(history)
-    _heatmaps(test, maps, scores, out / "heatmaps.png")
-
-    record = {
-        "method": method,
-        "paper": module.PAPER,
-        "dataset": dataset,
-        "category": category,
-        "split": split,
-        "preset": preset,
-        "seed": seed,
-        "settings": as_json(settings),
-        "overrides": {k: as_json(settings)[k] for k in overrides},
-        "protocol": {
-            "image_size": list(test.size),
-            "image_resize": "both sides, bilinear with anti-aliasing",
-            "mask_resize": "nearest",
-            "mask_threshold": MASK_THRESHOLD,
-            "empty_masks": "left out of the pixel figures",
-            "pro_limit": PRO_LIMIT,
-            "pro_connectivity": 8,
-            **model.protocol,
-            "data_sha256": request["data"],
-        },
-        "weights": {"asked": str(weights), **model.weights},
-        "metrics": metrics,
-        "counts": {
-            "train": len(sets.train),
-            "test_good": int((test.labels == 0).sum()),
-            "test_defective": int((test.labels == 1).sum()),
-            "empty_masks": int((~located).sum()) if test.has_masks else 0,
-            "skipped": sets.train.skipped + test.skipped,
-            "parameters": sum(p.numel() for p in model.parameters()),
-            "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad)
-            if model.phases()
-            else 0,
-            "epochs": len(history),
-        },
-        "timings": _timings(times, history, len(test)),
-        "environment": environment(device, settings.amp),
-        "git": git_state(),
-        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-    with whole(out / "record.json") as aside:
-        aside.write_text(json.dumps(record, indent=2) + "\n")
-    for leftover in (out / ".run").iterdir():
-        leftover.unlink()
-    (out / ".run").rmdir()
+        about = {"vitad_method": method, "settings": json.dumps(as_json(settings))}
+        write_safetensors(model.state_dict(), out / "checkpoint.safetensors", about)
+        _write_maps(out / "maps.npz", test, maps, scores)
+        _write_history(out / "history.csv", history)
+        _draw_heatmaps(out / "heatmaps.png", test, maps, scores)
+        record = {
+            "method": method,
+            "paper": module.PAPER,
+            "dataset": dataset,
+            "category": category,
+            "split": split,
+            "preset": preset,
+            "seed": seed,
+            "settings": as_json(settings),
+            "overrides": {k: as_json(settings)[k] for k in overrides},
+            "protocol": {
+                "image_size": list(test.size),
+                "image_resize": "both sides, bilinear with anti-aliasing",
+                "mask_resize": "nearest",
+                "mask_threshold": MASK_THRESHOLD,
+                "empty_masks": "left out of the pixel figures",
+                "pro_limit": PRO_LIMIT,
+                "pro_connectivity": 8,
+                **model.protocol,
+                "data_sha256": request["data"],
+            },
+            "weights": {"asked": str(weights), **model.weights},
+            "metrics": metrics,
+            "counts": {
+                "train": len(sets.train),
+                "test_good": int((test.labels == 0).sum()),
+                "test_defective": int((test.labels == 1).sum()),
+                "empty_masks": int((~located).sum()) if test.has_masks else 0,
+                "skipped": sets.train.skipped + test.skipped,
+                "parameters": sum(p.numel() for p in model.parameters()),
+    X                "epochs": len(history),
+            },
+            "timings": _timings(times, history, len(test)),
+            "environment": environment(device, settings.amp),
+            "git": git_state(),
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        with whole(out / "record.json") as aside:
+            aside.write_text(json.dumps(record, indent=2) + "\n")
     return record
 
 
@@ -392,6 +377,27 @@ def _claim(out, request):
     return record
 
 
+@contextmanager
+def _unfinished(out, request):
+    """Mark `out` as this run, unfinished; gives the path for its training state.
+
+    The mark goes when the run is whole, and when it fails before there is a state worth resuming.
+    """
+    mark = out / ".run"
+    state = mark / "state.pt"
+    try:
+        with whole(mark / "request.json") as aside:
+            aside.write_text(json.dumps(request))
+        yield state
+    except BaseException:
+        if not state.exists():
+            shutil.rmtree(mark, ignore_errors=True)
+            if not any(out.iterdir()):
+                out.rmdir()
+        raise
+    shutil.rmtree(mark)
+
+
 def _fingerprint(root, *lists):
     """Hash of the relative names and sizes of all files of the split, so that other data is another run."""
     digest = hashlib.sha256()
@@ -413,14 +419,26 @@ def _timings(times, history, n_test):
     return seconds
 
 
-def _heatmaps(test, maps, scores, path):
+def _write_maps(path, test, maps, scores):
+    named = dict(masks=test.masks, labels=test.labels, paths=test.paths, defects=test.defects)
+    with whole(path) as aside, open(aside, "wb") as file:
+        np.savez(file, maps=maps, scores=scores, **named)
+
+
+def _write_history(path, history):
+    if history:
+        with whole(path) as aside, open(aside, "w", newline="") as file:
+            table = csv.DictWriter(file, list(dict.fromkeys(k for row in history for k in row)))
+            table.writeheader()
+            table.writerows(history)
+
+
+def _draw_heatmaps(path, test, maps, scores):
     chosen = plots.examples(test.labels, test.defects, per_kind=2, good=2, order=scores)
     images = test.batch(chosen)["image"].numpy()
     titles = [f"{test.defects[i]}\n{scores[i]:.3g}" for i in chosen]
-    fig = plots.heatmap_grid(
-        images, test.masks[chosen], maps[chosen], titles, plots.heat_range(maps), width=1.1 * len(chosen)
-    )
-    plots.save(fig, path, dpi=80)
+    limits, width = plots.heat_range(maps), 1.1 * len(chosen)
+    plots.save(plots.heatmap_grid(images, test.masks[chosen], maps[chosen], titles, limits, width), path, dpi=80)
 
 
 def _cpu_name():

@@ -86,6 +86,7 @@ def train(model, images, seed, device, amp=True, state_path=None):
             model.load_state_dict(saved["model"])
             optimizer.load_state_dict(saved["optimizer"])
             _set_random_state(saved["random"])
+            at["losses"] = [x.to(device) for x in at["losses"]]
             saved = None
         save = _Saver(state_path, at, model, optimizer)
         bar = tqdm(desc=phase.name, total=phase.epochs * steps, initial=at["epoch"] * steps + at["step"], unit="step")

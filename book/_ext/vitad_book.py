@@ -1,55 +1,38 @@
 """Sphinx extension: tables and figures from the run records in the book's own pages, and no script from elsewhere.
 
-`<!-- results dataset=mt -->` becomes a table of every record under results/ that matches, one row a setting, with the
-mean over its seeds; `<!-- figures dataset=mt seed=0 -->` shows the heatmap sheet of each such run that has one.
+A comment in a page under book/ is replaced while the book is built; `key=value` pairs choose among the records:
+
+    <!-- results dataset=mt -->                                    a table, one line a setting, mean over its seeds
+    <!-- splits dataset=mt honest=grouped other=differnet -->      what changing the split does to each method
+    <!-- figures dataset=mt split=grouped seed=0 -->               the heatmap sheet of each run that has one
 """
 
-import json
 import re
-from collections import defaultdict
 from pathlib import Path
-from statistics import mean, stdev
 
-from vitad.runs import read_records
+from vitad import runs
 
-METRICS = {"image_auroc": "image AUROC", "pixel_auroc": "pixel AUROC", "pixel_ap": "pixel AP", "pro": "PRO"}
-COLUMNS = ("method", "data set", "split", "preset", "pixels", "seeds", *METRICS.values())
-MARKER = re.compile(r"<!-- (results|figures)((?: \w+=[\w.-]+)*) -->")
+MARKER = re.compile(r"<!-- (results|splits|figures)((?: \w+=[\w.-]+)*) -->")
 
 
-def name(record: dict) -> tuple[str, ...]:
-    """What tells a run from others, its seed apart: method, data set, split, preset with overrides, image size."""
-    data = "/".join(filter(None, (record["dataset"], record["category"])))
-    preset = ", ".join([record["preset"], *(f"{key}={value}" for key, value in record["overrides"].items())])
-    return record["method"], data, record["split"] or "–", preset, "×".join(map(str, record["protocol"]["image_size"]))
+def markdown(table) -> str:
+    """A DataFrame as a Markdown table."""
+    cells = [
+        [f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in row] for row in table.to_numpy(object)
+    ]
+    rows = [list(table.columns), ["---"] * len(table.columns), *cells]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows).replace(" ± ", "\u00a0±\u00a0")
 
 
-def spread(values: list) -> str:
-    """Mean and, with several seeds, standard deviation; a dash where there are no masks to measure with."""
-    if None in values:
-        return "–"
-    return f"{mean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
-
-
-def results(found: list[dict]) -> str:
-    """A Markdown table; only runs that differ in nothing but the seed share a row."""
-    rows = defaultdict(list)
-    for r in found:
-        rows[(*name(r), json.dumps([r["settings"], r["protocol"], r["weights"]], sort_keys=True))].append(r["metrics"])
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
-    for (*key, _), runs in sorted(rows.items()):
-        cells = [*key, str(len(runs)), *(spread([metrics[m] for metrics in runs]) for m in METRICS)]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def figures(found: list[dict], root: Path) -> str:
-    sheets = [(r, r["folder"] / "heatmaps.png") for r in found]
-    return "\n\n".join(
-        f"```{{figure}} /{sheet.relative_to(root).as_posix()}\n{', '.join(name(r))} pixels, seed {r['seed']}\n```"
-        for r, sheet in sheets
-        if sheet.exists()
-    )
+def figures(records: list[dict], root: Path) -> str:
+    blocks = []
+    for r in records:
+        sheet = r["folder"] / "heatmaps.png"
+        if sheet.exists():
+            what = " ".join(filter(None, (r["method"], "on", r["dataset"], r["category"], r["split"])))
+            caption = f"{what}, preset {r['preset']}, {r['protocol']['image_size'][0]} px, seed {r['seed']}"
+            blocks.append(f"```{{figure}} /{sheet.relative_to(root).as_posix()}\n{caption}\n```")
+    return "\n\n".join(blocks)
 
 
 def expand(app, docname, source):
@@ -57,10 +40,13 @@ def expand(app, docname, source):
 
     def written(match):
         wanted = dict(pair.split("=") for pair in match[2].split())
-        found = [r for r in read_records(root / "results") if all(str(r[k]) == v for k, v in wanted.items())]
-        if not found:
+        splits = [wanted.pop(key) for key in ("honest", "other") if key in wanted]
+        records = [r for r in runs.read_records(root / "results") if all(str(r[k]) == v for k, v in wanted.items())]
+        if not records:
             return "*No record of such a run has been committed yet.*"
-        return results(found) if match[1] == "results" else figures(found, root)
+        if match[1] == "figures":
+            return figures(records, root)
+        return markdown(runs.compare_splits(records, *splits) if splits else runs.table_over_seeds(records))
 
     if docname.startswith("book/"):
         source[0] = MARKER.sub(written, source[0])
