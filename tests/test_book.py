@@ -16,6 +16,7 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 PARAMETERS = ["dataset", "category", "data_root", "split", "preset", "seed", "device", "out_dir", "overrides"]
+WIDGET = "application/vnd.jupyter.widget-"
 
 
 def contents():
@@ -55,9 +56,16 @@ class TestCommittedNotebook:
         assert not [c.source for c in code for o in c.outputs if o.output_type == "error"]
 
     def test_has_outputs_that_nbval_compares(self, path):
-        checked = [c for c in nbformat.read(path, 4).cells if c.source.startswith("# NBVAL_CHECK_OUTPUT")]
+        checked = [c for c in nbformat.read(path, 4).cells if "# NBVAL_CHECK_OUTPUT" in c.source]
         assert checked
         assert all(c.outputs for c in checked), "a marked cell without a stored output passes unchecked"
+
+    def test_stores_the_state_of_its_widgets(self, path):
+        nb = nbformat.read(path, 4)
+        outputs = [o.get("data", {}) for c in nb.cells if c.cell_type == "code" for o in c.outputs]
+        shown = [data[WIDGET + "view+json"]["model_id"] for data in outputs if WIDGET + "view+json" in data]
+        state = nb.metadata.get("widgets", {}).get(WIDGET + "state+json", {}).get("state", {})
+        assert not [model for model in shown if model not in state], "a widget without its state is not in the book"
 
     def test_names_no_folder_of_the_machine_that_ran_it(self, path):
         assert not re.findall(r"(?:/home/|/root/|/tmp/|/Users/|C:\\\\Users)[\w./-]*", path.read_text())
