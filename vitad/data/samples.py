@@ -20,6 +20,7 @@ from tqdm import tqdm
 from vitad.errors import UserError
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow raises on broken files
 MEMORY_LIMIT = 4 * 2**30  # bytes of decoded images a set may hold in memory; beyond, a cache file on disk
 
 
@@ -104,16 +105,14 @@ class ImageSet(Dataset):
         H, W = self.size
         grey = all(_is_grey(r.path) for r in records)  # grey sets are kept in one channel
         shape = (len(records), 1 if grey else 3, H, W)
-        path = None
+        path, aside, image_of = None, None, None
         if int(np.prod(shape)) > self.limit:
             path = self._cache_file(records, shape)
         if path and path.exists():
             self._images = np.load(path, mmap_mode="r")
-            image_of = None
         elif path:
-            path.parent.mkdir(parents=True, exist_ok=True)
             aside = path.with_suffix(f".{os.getpid()}.tmp")
-            image_of = np.lib.format.open_memmap(aside, "w+", np.uint8, shape)
+            image_of = _new_file(aside, shape)
         else:
             image_of = self._images = np.empty(shape, np.uint8)
         self._masks = np.zeros((len(records), H, W), bool)
@@ -125,7 +124,7 @@ class ImageSet(Dataset):
                     natural = image.size
                     if image_of is not None:
                         image_of[i] = _to_uint8(image, "L" if grey else "RGB", (W, H))
-            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
+            except UNREADABLE as e:
                 if skip_bad:
                     return False
                 raise UserError(
@@ -135,17 +134,20 @@ class ImageSet(Dataset):
                 self._masks[i] = self._read_mask(record, natural)
             return True
 
-        with ThreadPoolExecutor() as pool:
-            jobs = pool.map(one, range(len(records)))
-            decoded = list(tqdm(jobs, "decode", len(records), unit="image", leave=False, disable=len(records) < 200))
-        if path and image_of is not None:
-            image_of.flush()
-            if all(decoded):
+        try:
+            with ThreadPoolExecutor() as pool:
+                jobs = pool.map(one, range(len(records)))
+                bar = tqdm(jobs, "decode", len(records), unit="image", leave=False, disable=len(records) < 200)
+                decoded = list(bar)
+            if aside and all(decoded):
+                image_of.flush()
                 os.replace(aside, path)
                 self._images = np.load(path, mmap_mode="r")
-            else:  # a cache that holds gaps must not be found again
+            elif aside:  # a cache that holds gaps must not be found again
                 self._images = image_of
-                aside.unlink()
+        finally:
+            if aside:
+                aside.unlink(missing_ok=True)
         if not all(decoded):
             self._images, self._masks = self._images[decoded], self._masks[decoded]
         return decoded
@@ -161,7 +163,7 @@ class ImageSet(Dataset):
                 small = mask.convert("L") if mask.mode not in ("L", "I;16", "I") else mask
                 small = small.resize(self.size[::-1], Image.Resampling.NEAREST)
                 return np.asarray(small) > self.mask_threshold
-        except (OSError, SyntaxError) as e:
+        except UNREADABLE as e:
             raise UserError(f"cannot read mask {record.mask}: {e}. Replace it, or remove it and its image.") from e
 
     def _cache_file(self, records, shape):
@@ -170,9 +172,27 @@ class ImageSet(Dataset):
         return cache_dir() / "images" / f"{key}.npy"
 
 
+def _new_file(path, shape):
+    """Array of uint8 in a new file. Its space on the disk is claimed at once: a disk that is full while the array is
+    written would kill the process."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        array = np.lib.format.open_memmap(path, "w+", np.uint8, shape)
+        if hasattr(os, "posix_fallocate"):
+            with open(path, "r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+        return array
+    except OSError as e:
+        path.unlink(missing_ok=True)
+        raise UserError(
+            f"cannot keep decoded images in {path.parent}: {e.strerror or e}. "
+            "Make room there, or name another folder with the variable VITAD_CACHE."
+        ) from e
+
+
 def check_image_size(size):
     """`size` as (H, W); an int means a square."""
-    pair = (size, size) if isinstance(size, int) else tuple(size)
+    pair = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
     if len(pair) != 2 or not all(isinstance(s, int) and 8 <= s <= 4096 for s in pair):
         raise UserError(f"image size {size!r} is not usable. Give a side in pixels from 8 to 4096.")
     return pair
@@ -182,7 +202,7 @@ def _is_grey(path):
     try:
         with Image.open(path) as image:
             return image.mode in ("L", "1", "I", "I;16", "LA")
-    except (OSError, SyntaxError):
+    except UNREADABLE:
         return True  # unreadable files are reported when they are decoded
 
 
