@@ -173,8 +173,10 @@ class ImageSet(Dataset):
 
 
 def _new_file(path, shape):
-    """Array of uint8 in a new file. Its space on the disk is claimed at once: a disk that is full while the array is
-    written would kill the process."""
+    """Array of uint8 in a new file.
+
+    Its space is claimed at once, since a disk that fills up while the array is written would kill the process.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         array = np.lib.format.open_memmap(path, "w+", np.uint8, shape)
@@ -183,7 +185,8 @@ def _new_file(path, shape):
                 os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
         return array
     except OSError as e:
-        path.unlink(missing_ok=True)
+        if path.exists():
+            path.unlink()
         raise UserError(
             f"cannot keep decoded images in {path.parent}: {e.strerror or e}. "
             "Make room there, or name another folder with the variable VITAD_CACHE."
