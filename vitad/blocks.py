@@ -15,7 +15,8 @@ def gaussian_blur(maps, sigma):
         return maps
     B, H, W = maps.shape
     rows, columns = (_blur_matrix(n, sigma, maps.dtype, maps.device) for n in (H, W))
-    return rows @ maps @ columns.T
+    with torch.autocast(maps.device.type, enabled=False):  # half precision would tie most of a map's pixels
+        return rows @ maps @ columns.T
 
 
 @lru_cache(maxsize=16)

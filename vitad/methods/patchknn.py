@@ -102,7 +102,8 @@ class Model(nn.Module):
         """(B,3,S,S) -> (B,S,S): cosine distance to the nearest patch of the bank, up-sampled, smoothed."""
         tokens = self.features(images)
         B, N, D = tokens.shape
-        nearest = torch.stack([(tokens @ part.T).amax(-1) for part in self.bank.split(CHUNK)]).amax(0)
+        with torch.autocast(images.device.type, enabled=False):  # half precision cannot tell cosines near 1 apart
+            nearest = torch.stack([(tokens @ part.T).amax(-1) for part in self.bank.split(CHUNK)]).amax(0)
         distance = (1 - nearest).reshape(B, 1, *self.backbone.patch_embed.grid_size)
         maps = F.interpolate(distance, images.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
         return gaussian_blur(maps, self.settings.sigma)
