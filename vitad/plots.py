@@ -38,7 +38,8 @@ def heatmap_grid(images, masks, maps, titles, limits=None, width=8.0):
     """Images with the true defect outlined above their anomaly maps, one column an image.
 
     images (n,3,H,W) in [0,1], masks (n,H,W) bool or None, maps (n,H,W) or {method: (n,H,W)}; `limits` is the
-    colour scale (low, high) or {method: (low, high)}, one for all columns, so that columns can be compared.
+    colour scale (low, high) or {method: (low, high)}, one for all columns, so that columns can be compared. Maps may
+    have another size than the images.
     """
     maps = maps if isinstance(maps, dict) else {"anomaly map": maps}
     limits = limits if isinstance(limits, dict) else dict.fromkeys(maps, limits)
@@ -49,7 +50,8 @@ def heatmap_grid(images, masks, maps, titles, limits=None, width=8.0):
         axes[0, j].set_title(titles[j], fontsize=8)
         for i, (name, stack) in enumerate(maps.items(), 1):
             low, high = limits[name] or heat_range(stack)
-            axes[i, j].imshow(stack[j], cmap=HEAT, vmin=low, vmax=high)
+            H, W = images[j].shape[-2:]  # a map of another size is stretched over its image
+            axes[i, j].imshow(stack[j], cmap=HEAT, vmin=low, vmax=high, extent=(-0.5, W - 0.5, H - 0.5, -0.5))
             outline(axes[i, j], None if masks is None else masks[j], "white", 0.6)
     for i, name in enumerate(["image", *maps]):
         axes[i, 0].set_ylabel(name, fontsize=8)
