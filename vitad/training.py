@@ -83,6 +83,7 @@ def train(model, images, seed, device, amp=True, state_path=None):
         val, fit = _hold_out(len(images), phase, [seed, number])
         steps = math.ceil(len(fit) / phase.batch_size)
         if saved:
+            at["losses"] = [x.to(device) for x in at["losses"]]
             model.load_state_dict(saved["model"])
             optimizer.load_state_dict(saved["optimizer"])
             _set_random_state(saved["random"])
@@ -114,6 +115,8 @@ def train(model, images, seed, device, amp=True, state_path=None):
             row = {"phase": phase.name, "epoch": at["epoch"] + 1, **means}
             if len(val):
                 row["val"] = _validate(model, images, val, phase, device, amp)
+                if not math.isfinite(row["val"]):
+                    raise _diverged("validation loss", at, phase, model)
                 if at["best"] is None or row["val"] < at["best"]["val"]:
                     weights = {k: v.detach().to("cpu", copy=True) for k, v in model.state_dict().items()}
                     at["best"] = {"val": row["val"], "epoch": at["epoch"], "weights": weights}
@@ -174,11 +177,14 @@ def _out_of_patience(phase, at):
 def _check_finite(at, phase, model):
     finite = torch.stack(at["losses"]).isfinite().all(1)
     if not finite.all():
-        step = int((~finite).nonzero()[0]) + 1
-        raise UserError(
-            f"the loss is not finite at phase {phase.name}, epoch {at['epoch'] + 1}, step {step}, "
-            f"with {model.settings}. A smaller lr is the usual mend."
-        )
+        raise _diverged("loss", at, phase, model, f", step {int((~finite).nonzero()[0]) + 1}")
+
+
+def _diverged(what, at, phase, model, step=""):
+    return UserError(
+        f"the {what} is not finite at phase {phase.name}, epoch {at['epoch'] + 1}{step}, "
+        f"with {model.settings}. A smaller lr is the usual mend."
+    )
 
 
 @torch.no_grad()
