@@ -264,6 +264,22 @@ def compare_splits(records, honest, other):
     return means.assign(gain=(means[other] - means[honest]).round(3)).reset_index().rename_axis(columns=None)
 
 
+def expectation(method, dataset, preset, seed):
+    """How a paper's chapter opens: the command, the figures to expect with their tolerance, the time, the hardware."""
+    import pandas as pd
+
+    same = committed(dataset, method, preset)
+    rows = {"command": f"vitad run {method} --dataset {dataset} --preset {preset} --seed {seed} --out runs/{method}"}
+    for metric, name in METRIC_NAMES.items():
+        mean, tolerance, n = expected(same, metric)
+        rows[name] = f"{mean:.3f} ± {tolerance:.3f} ({n} seeds)" if n else "never run so far"
+    if same:
+        machine = same[0]["environment"]
+        rows["time"] = f"{table(same)['minutes'].mean():.1f} min"
+        rows["hardware"] = f"{machine['device']}, {machine['device_name']}, {machine['threads']} thread(s)"
+    return pd.DataFrame({"": rows})
+
+
 def expected(records, metric="image_auroc"):
     """(mean, tolerance, n) of a figure over the seeds of committed runs.
 

@@ -155,7 +155,10 @@ class _Saver:
             "random": _random_state(),
         }
         with whole(self.path) as aside:
-            torch.save(state, aside)
+            try:
+                torch.save(state, aside)
+            except RuntimeError as e:  # in place of an OSError when the disk is full
+                raise OSError(f"torch could not save it, as on a full disk ({e})") from e
         self.last = time.monotonic()
         self.took = self.last - began
 

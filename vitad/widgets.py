@@ -8,26 +8,27 @@ import ipywidgets as widgets
 import numpy as np
 
 
-def slider_over(frames, labels, description):
+def slider_over(frames, labels, description, start=0):
     """A slider that chooses among HTML texts.
 
     Args:
         frames: HTML of each position.
         labels: what to call each position; shown in the frame's first line.
         description: name of the slider.
+        start: position shown first.
     """
+    wide = widgets.Layout(width="100%", max_width="560px")
     slider = widgets.IntSlider(
-        value=len(frames) // 2,
+        value=start,
         min=0,
         max=len(frames) - 1,
         description=description,
         readout=False,
-        layout=widgets.Layout(width="95%", max_width="560px"),
+        layout=wide,
     )
-    stack = widgets.Stack(
-        children=[widgets.HTML(f"<b>{label}</b><br>{frame}") for label, frame in zip(labels, frames, strict=True)],
-        selected_index=slider.value,
-    )
+    texts = [f"<b>{label}</b><br>{frame}" for label, frame in zip(labels, frames, strict=True)]
+    children = [widgets.HTML(text, layout=wide) for text in texts]
+    stack = widgets.Stack(children=children, selected_index=start, layout=wide)
     widgets.jslink((slider, "value"), (stack, "selected_index"))
     return widgets.VBox([slider, stack])
 
@@ -40,7 +41,8 @@ def threshold_explorer(scores, labels, steps=41):
     scores, labels = np.asarray(scores, float), np.asarray(labels)
     thresholds = np.linspace(scores.min(), scores.max(), steps)
     frames = [_confusion(scores, labels, t) for t in thresholds]
-    return slider_over(frames, [f"threshold {t:.3g}" for t in thresholds], "threshold")
+    names = [f"threshold {t:.3g}" for t in thresholds]
+    return slider_over(frames, names, "threshold", start=int(np.searchsorted(thresholds, np.median(scores))))
 
 
 def _confusion(scores, labels, threshold):
