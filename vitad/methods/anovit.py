@@ -91,6 +91,8 @@ class Model(nn.Module):
         self.settings = s = settings
         if s.det_sigma < s.seg_sigma:
             raise UserError(f"det_sigma={s.det_sigma} is below seg_sigma={s.seg_sigma}; it smooths the map further.")
+        if len(s.betas) != 2 or max(s.betas) >= 1:
+            raise UserError(f"betas={s.betas}: Adam takes two numbers below 1.")
         self.encoder, self.weights = vit(s.encoder, s.image_size, weights if s.pretrained else "random")
         self.encoder.requires_grad_(not s.freeze_encoder)
         self.decoder = Decoder(self.encoder.embed_dim, s.channels, s.image_size, s.decoder_norm, s.last_act)

@@ -48,6 +48,8 @@ class Model(nn.Module):
         stems = {64: 1, 128: 2, 256: 3, 512: 4}.get(s.image_size)
         if not stems:
             raise UserError(f"image_size={s.image_size} does not suit l2cae. Choose 64, 128, 256 or 512.")
+        if s.latent < 1:
+            raise UserError(f"latent={s.latent} has to be at least 1.")
         #          channels, kernel, stride; down to 8 x 8, then one 8 x 8 convolution to the latent vector
         layers = [(32, 4, 2)] * stems + [(32, 3, 1), (64, 4, 2), (64, 3, 1), (128, 4, 2), (64, 3, 1), (32, 3, 1)]
         self.encoder, self.decoder = nn.Sequential(), nn.Sequential()

@@ -118,7 +118,8 @@ class Model(nn.Module):
         return []
 
     def _load_from_state_dict(self, state, prefix, *rest):
-        self.bank = torch.empty_like(state[prefix + "bank"], device=self.bank.device)  # its size is data-dependent
+        if (bank := state.get(prefix + "bank")) is not None:
+            self.bank = torch.empty_like(bank, device=self.bank.device)  # its size is data-dependent
         super()._load_from_state_dict(state, prefix, *rest)
 
 
