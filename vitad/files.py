@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -27,7 +27,8 @@ def whole(path):
         reason = getattr(e, "strerror", None) or e
         raise UserError(f"cannot write {path}: {reason}. Nothing was changed there; mend this and run again.") from e
     finally:
-        aside.unlink(missing_ok=True)
+        with suppress(OSError):
+            aside.unlink()
 
 
 def write_safetensors(tensors, path, metadata=None):

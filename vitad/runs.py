@@ -28,6 +28,7 @@ from vitad.training import autocast, train
 PRO_LIMIT = 0.3
 METRIC_NAMES = {"image_auroc": "image AUROC", "pixel_auroc": "pixel AUROC", "pixel_ap": "pixel AP", "pro": "PRO"}
 MASK_THRESHOLD = 0
+WRITTEN = ("checkpoint.safetensors", "maps.npz", "history.csv", "heatmaps.png")  # before the record
 
 
 def run(
@@ -83,12 +84,16 @@ def run(
     }
     finished = _claim(out, request)
     if finished:
+        _tidy(out)
         return finished
     say = say or (lambda text: None)
 
     times = {"began": time.monotonic()}
     torch.manual_seed(seed)
     model = module.Model(settings, weights).to(device)
+    if str(weights) not in ("auto", "random") and model.weights["source"] == "random":
+        hint = " or add --set pretrained=true" if hasattr(settings, "pretrained") else ""
+        raise UserError(f"--weights {weights} would not be used: this run starts untrained. Leave it out{hint}.")
     sets = data.load(
         dataset, data_root, category, split, settings.image_size, mask_threshold=MASK_THRESHOLD, skip_bad=skip_bad
     )
@@ -373,6 +378,8 @@ def git_state():
 
 def _claim(out, request):
     """The record, if `out` holds this very run finished; None if it can be run there; `UserError` otherwise."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file. Give a folder with --out.")
     if not out.exists() or not any(out.iterdir()):
         return None
     if (out / "record.json").exists():
@@ -398,7 +405,7 @@ def _claim(out, request):
 def _unfinished(out, request):
     """Mark `out` as this run, unfinished; gives the path for its training state.
 
-    The mark goes when the run is whole, and when it fails before there is a state worth resuming.
+    The mark goes when the run is whole. A run that fails before there is a state worth resuming leaves nothing.
     """
     mark = out / ".run"
     state = mark / "state.pt"
@@ -407,12 +414,21 @@ def _unfinished(out, request):
             aside.write_text(json.dumps(request))
         yield state
     except BaseException:
-        if not state.exists():
-            shutil.rmtree(mark, ignore_errors=True)
+        if out.is_dir() and not state.exists():
+            for name in WRITTEN:
+                (out / name).unlink(missing_ok=True)
+            _tidy(out)
             if not any(out.iterdir()):
                 out.rmdir()
         raise
-    shutil.rmtree(mark)
+    _tidy(out)
+
+
+def _tidy(out):
+    """Remove what is needed only until a run is finished, and what a killed one had begun to write."""
+    shutil.rmtree(out / ".run", ignore_errors=True)
+    for half in out.glob(".*.tmp"):
+        half.unlink()
 
 
 def _fingerprint(root, *lists):
