@@ -1,0 +1,504 @@
+"""A run and its record: contracts of the files, resuming, what is null, and the command line around it."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from datetime import datetime
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import vitad
+from vitad import data, methods, runs, training
+from vitad.cli import main
+from vitad.errors import UserError
+from vitad.files import read_safetensors
+from vitad.metrics import evaluate
+from vitad.settings import as_json, resolve
+
+KEYS = [
+    *("method", "paper", "dataset", "category", "split", "preset", "seed", "settings", "overrides"),
+    *("protocol", "weights", "metrics", "counts", "timings", "environment", "git", "finished"),
+]
+FILES = {"record.json", "maps.npz", "checkpoint.safetensors", "heatmaps.png"}
+
+
+@pytest.fixture(scope="module", params=methods.METHODS)
+def finished(request, toy_root, tmp_path_factory):
+    """(folder, record) of a run of each method."""
+    out = tmp_path_factory.mktemp(request.param) / "run"
+    return out, runs.run(request.param, data_root=toy_root, preset="smoke", seed=3, out=out)
+
+
+@pytest.fixture
+def smoke(toy_root, tmp_path):
+    """Run patchknn, the fastest, into `tmp_path/run`."""
+
+    def run(method="patchknn", **options):
+        return runs.run(method, **dict(data_root=toy_root, preset="smoke", out=tmp_path / "run") | options)
+
+    return run
+
+
+def snapshot(folder):
+    """Names, contents and times of all files."""
+    return {p.relative_to(folder): (p.read_bytes(), p.stat().st_mtime_ns) for p in folder.rglob("*") if p.is_file()}
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
+def same_tensors(one, other):
+    (one, other) = (load_file(folder / "checkpoint.safetensors") for folder in (one, other))
+    return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+
+
+# --- what a run leaves ------------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_its_files_and_nothing_else(finished):
+    out, record = finished
+    trained = bool(record["counts"]["epochs"])
+    assert {p.name for p in out.iterdir()} == FILES | ({"history.csv"} if trained else set())
+    with Image.open(out / "heatmaps.png") as image:
+        image.verify()
+        assert image.format == "PNG" and min(image.size) > 100
+
+
+def test_the_record_has_the_keys_of_the_design(finished):
+    out, record = finished
+    assert json.loads((out / "record.json").read_text()) == record
+    assert list(record) == KEYS
+    assert list(record["metrics"]) == ["image_auroc", "pixel_auroc", "pixel_ap", "pro"]
+    assert all(0 <= value <= 1 for value in record["metrics"].values())
+
+
+def test_the_record_says_what_was_asked(finished):
+    _, record = finished
+    module = methods.get(record["method"])
+    assert record["paper"] == module.PAPER
+    assert (record["dataset"], record["category"], record["split"]) == ("toy", "gear", None)
+    assert (record["preset"], record["seed"], record["overrides"]) == ("smoke", 3, {})
+    assert record["settings"] == as_json(resolve(module.Settings, module.PRESETS, "smoke"))
+    assert record["weights"] == {"asked": "auto", "source": "random"}
+    protocol = record["protocol"]
+    assert protocol["image_size"] == [64, 64] and protocol["mask_resize"] == "nearest"
+    assert (protocol["mask_threshold"], protocol["pro_limit"], protocol["pro_connectivity"]) == (0, 0.3, 8)
+    assert {"smoothing", "image_score", "checkpoint", "normalisation"} <= protocol.keys()
+
+
+def test_the_record_says_what_came_out_and_where(finished):
+    out, record = finished
+    counts = record["counts"]
+    assert (counts["train"], counts["test_good"], counts["test_defective"]) == (12, 4, 8)
+    assert (counts["empty_masks"], counts["skipped"]) == (0, [])
+    tensors = load_file(out / "checkpoint.safetensors")
+    trained = record["method"] != "patchknn"
+    buffers = {"mean", "std", "bank"}
+    assert counts["parameters"] == sum(t.numel() for k, t in tensors.items() if k not in buffers)
+    assert counts["trained_parameters"] == (counts["parameters"] if trained else 0)
+    assert counts["epochs"] == (2 if trained else 0)
+    times = record["timings"]
+    assert all(seconds >= 0 for seconds in times.values()) and times["test_images_per_s"] > 0
+    assert (times["train_s"] > 0.01) == trained
+    environment = record["environment"]
+    assert environment["torch"] == torch.__version__ and environment["vitad"] == vitad.__version__
+    assert environment["device"] in ("cpu", "cuda") and environment["precision"] == "float32"
+    assert datetime.fromisoformat(record["finished"]).tzinfo is not None
+
+
+def test_the_record_names_the_commit():
+    root = Path(vitad.__file__).parents[1]
+    state = runs.git_state()
+    if not (root / ".git").exists():
+        assert state is None
+        return
+    head = subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    assert state["commit"] == head and type(state["changed"]) is bool
+
+
+def test_maps_have_the_contract_of_the_design(finished, toy_root):
+    out, record = finished
+    maps = runs.read_maps(out)
+    assert set(maps) == {"maps", "masks", "scores", "labels", "paths", "defects"}
+    N = 12
+    assert maps["maps"].shape == maps["masks"].shape == (N, 64, 64)
+    assert maps["maps"].dtype == np.float32 and maps["masks"].dtype == bool
+    for name, kind in {"scores": "f", "labels": "i", "paths": "U", "defects": "U"}.items():
+        assert maps[name].shape == (N,) and maps[name].dtype.kind == kind
+    test = data.load("toy", toy_root, "gear", image_size=64).test
+    for name in ("masks", "labels", "paths", "defects"):
+        assert np.array_equal(maps[name], getattr(test, name))
+    assert np.isfinite(maps["maps"]).all() and np.isfinite(maps["scores"]).all()
+
+
+def test_metrics_follow_from_the_maps(finished):
+    out, record = finished
+    maps = runs.read_maps(out)
+    assert record["metrics"] == evaluate(maps["maps"], maps["masks"], maps["scores"], maps["labels"])
+
+
+def test_the_checkpoint_gives_the_same_maps_again(finished, toy_root):
+    out, record = finished
+    model = runs.load_model(out, "cpu")
+    assert not model.training
+    test = data.load("toy", toy_root, "gear", image_size=64).test
+    maps, scores = runs.score(model, test, torch.device("cpu"), 5, amp=False)
+    kept = runs.read_maps(out)
+    np.testing.assert_allclose(maps, kept["maps"], atol=1e-6)
+    np.testing.assert_allclose(scores, kept["scores"], atol=1e-6)
+    tensors, metadata = read_safetensors(out / "checkpoint.safetensors")
+    assert metadata["vitad_method"] == record["method"] and json.loads(metadata["settings"]) == record["settings"]
+
+
+def test_history_is_kept_beside_the_record(finished):
+    out, record = finished
+    history = runs.read_history(out)
+    assert len(history) == record["counts"]["epochs"]
+    if history:
+        assert [row["epoch"] for row in history] == [1, 2] and history[0]["phase"] == "train"
+        assert history[0]["mse"] > 0 and history[-1]["seconds"] == record["timings"]["train_s"]
+
+
+def test_records_of_many_runs_are_found(finished):
+    out, record = finished
+    (found,) = runs.read_records(out.parent)
+    assert found == record | {"folder": out}
+
+
+# --- seeds, overrides, precision --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", methods.METHODS)
+def test_the_same_seed_gives_the_same_result(method, smoke, tmp_path):
+    for name, seed in {"a": 1, "b": 1, "c": 2}.items():
+        smoke(method, seed=seed, out=tmp_path / name)
+    a, b, c = (runs.read_maps(tmp_path / name) for name in "abc")
+    assert np.array_equal(a["maps"], b["maps"]) and np.array_equal(a["scores"], b["scores"])
+    assert same_tensors(tmp_path / "a", tmp_path / "b") and not same_tensors(tmp_path / "a", tmp_path / "c")
+    assert not np.array_equal(a["maps"], c["maps"])
+
+
+def test_overrides_are_recorded_with_their_types(smoke):
+    record = smoke(overrides=["bank_size=40", "blocks=1,3"])
+    assert record["overrides"] == {"bank_size": 40, "blocks": [1, 3]}
+    assert record["settings"]["bank_size"] == 40 and record["settings"]["score"] == "top1"
+
+
+@pytest.mark.parametrize("method", methods.METHODS)
+def test_half_precision_is_used_where_asked_for_and_recorded(method, smoke, tmp_path, monkeypatch):
+    if torch.cuda.is_available():
+        monkeypatch.setattr(runs, "find_device", lambda name: torch.device("cpu"))
+    monkeypatch.setattr(training, "_cpu_gains_from_bfloat16", lambda: True)
+    found = {}
+    for amp in (False, True):
+        record = smoke(method, overrides={"amp": amp}, out=tmp_path / str(amp))
+        found[amp] = record["environment"]["precision"], runs.read_maps(tmp_path / str(amp))["maps"]
+    assert found[False][0] == "float32" and found[True][0] == "bfloat16 autocast"
+    assert not np.array_equal(found[True][1], found[False][1])
+    for _, maps in found.values():  # the map itself is not rounded to half precision
+        assert len(np.unique(maps)) > 0.5 * maps.size
+    assert np.corrcoef(found[True][1].ravel(), found[False][1].ravel())[0, 1] > 0.9
+
+
+def test_weights_of_a_file_are_used_and_recorded(smoke, tmp_path):
+    from vitad.backbones import timm
+
+    path = tmp_path / "given.safetensors"
+    save_file(timm.create_model("test_vit", num_classes=0).state_dict(), path)
+    record = smoke(weights=str(path), overrides={"pretrained": True})
+    assert record["weights"]["asked"] == str(path) and record["weights"]["source"] == "file given.safetensors"
+    state = load_file(tmp_path / "run" / "checkpoint.safetensors")
+    assert torch.equal(state["backbone.norm.weight"], load_file(path)["norm.weight"])
+
+
+@pytest.mark.parametrize("method, hint", [("patchknn", "pretrained=true"), ("l2cae", "Leave it out.")])
+def test_weights_that_would_not_be_used_are_refused(method, hint, smoke, tmp_path):
+    with pytest.raises(UserError, match=f"--weights some.safetensors would not be used.*{hint}"):
+        smoke(method, weights="some.safetensors")
+    assert not (tmp_path / "run").exists()
+
+
+# --- no value is null, never zero -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def own(toy_root, tmp_path):
+    """A user's folder: copy some of the folders of `weave` there."""
+
+    def make(*parts):
+        root = tmp_path / "own"
+        for part in parts:
+            shutil.copytree(toy_root / "weave" / part, root / part)
+        return root
+
+    return make
+
+
+PIXEL = ("pixel_auroc", "pixel_ap", "pro")
+
+
+def test_without_masks_the_pixel_figures_are_null(own, smoke):
+    record = smoke(dataset="folder", data_root=own("train", "test"))
+    assert record["metrics"]["image_auroc"] is not None
+    assert [record["metrics"][name] for name in PIXEL] == [None] * 3
+    assert record["counts"]["empty_masks"] == 0
+
+
+def test_without_defective_images_all_figures_are_null(own, smoke, tmp_path, capsys):
+    record = smoke(dataset="folder", data_root=own("train", "test/good"))
+    assert set(record["metrics"].values()) == {None}
+    assert '"pro": null' in (tmp_path / "run" / "record.json").read_text()
+    assert main(["show", str(tmp_path / "run")]) == 0
+    assert "image_auroc  no value" in capsys.readouterr().out
+
+
+def test_without_good_test_images_the_image_figure_is_null(own, smoke):
+    record = smoke(
+        dataset="folder", data_root=own("train", "test/hole", "test/stain", "ground_truth/hole", "ground_truth/stain")
+    )
+    assert record["metrics"]["image_auroc"] is None
+    assert all(0 < record["metrics"][name] <= 1 for name in PIXEL)
+
+
+def test_without_good_test_images_and_masks_the_run_succeeds(own, smoke):
+    assert set(smoke(dataset="folder", data_root=own("train", "test/hole"))["metrics"].values()) == {None}
+
+
+def test_one_kind_of_defect_is_enough(own, smoke):
+    record = smoke(dataset="folder", data_root=own("train", "test/good", "test/hole", "ground_truth/hole"))
+    assert all(0 <= value <= 1 for value in record["metrics"].values())
+
+
+def test_defects_with_empty_masks_count_for_the_image_but_not_for_the_pixels(toy_root, smoke, tmp_path):
+    record = smoke(dataset="folder", data_root=toy_root / "quirks")
+    assert record["counts"]["empty_masks"] == 1 and record["counts"]["test_defective"] == 3
+    maps = runs.read_maps(tmp_path / "run")
+    located = [0, 2, 3]
+    pixels = evaluate(maps["maps"][located], maps["masks"][located], maps["scores"], maps["labels"])
+    assert record["metrics"] == pixels
+    naive = evaluate(maps["maps"], maps["masks"], maps["scores"], maps["labels"])
+    assert record["metrics"]["pixel_auroc"] != naive["pixel_auroc"]
+
+
+# --- again and again --------------------------------------------------------------------------------------
+
+
+def test_a_finished_run_returns_at_once(smoke, tmp_path, monkeypatch):
+    record = smoke()
+    before = snapshot(tmp_path)
+    monkeypatch.setattr(methods.get("patchknn"), "Model", lambda *_: pytest.fail("made a model"))
+    monkeypatch.setattr(data, "load", lambda *_, **__: pytest.fail("decoded images"))
+    assert smoke() == record
+    assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("saved", [False, True], ids=["no state", "state saved"])
+@pytest.mark.parametrize("name", ["checkpoint.safetensors", "maps.npz", "history.csv", "heatmaps.png", "record.json"])
+def test_the_record_comes_last(name, saved, finished_anovit, smoke, tmp_path, monkeypatch):
+    """Whatever cannot be written, there is no record; and the same call then finishes the run."""
+    original, out = vitad.files.os.replace, tmp_path / "run"
+
+    def full(source, target):
+        if Path(target).name == name:
+            raise OSError(28, "No space left on device")
+        original(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(vitad.files.os, "replace", full)
+        patch.setattr(training, "SAVE_SECONDS", 0 if saved else 100)
+        with pytest.raises(UserError, match=f"cannot write .*{name}: No space left"):
+            smoke("anovit")
+    if saved:
+        assert (out / ".run" / "state.pt").exists() and not (out / "record.json").exists()
+    else:
+        assert not out.exists()  # nothing worth keeping
+    smoke("anovit")
+    assert {p.name for p in out.iterdir()} == FILES | {"history.csv"}
+    assert same_tensors(out, finished_anovit)
+
+
+@pytest.fixture(scope="module")
+def finished_anovit(toy_root, tmp_path_factory):
+    out = tmp_path_factory.mktemp("unbroken") / "run"
+    runs.run("anovit", data_root=toy_root, preset="smoke", out=out)
+    return out
+
+
+def test_a_run_that_fails_keeps_what_others_put_into_its_folder(smoke, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+
+    def note(*_):
+        (out / "notes.txt").write_text("mine")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runs, "score", note)
+    with pytest.raises(KeyboardInterrupt):
+        smoke()
+    assert [p.name for p in out.iterdir()] == ["notes.txt"]
+
+
+def test_leftovers_of_killed_sessions_are_removed(smoke, tmp_path):
+    """Killed while a file was written aside, or between the record and the end."""
+    out = tmp_path / "run"
+    (out / ".run").mkdir(parents=True)
+    (out / ".run" / ".state.pt.123.tmp").write_bytes(b"half")
+    smoke()
+    names = {p.name for p in out.iterdir()}
+    assert names == FILES
+    (out / ".run").mkdir()
+    (out / ".run" / "state.pt").write_bytes(b"old")
+    (out / ".maps.npz.123.tmp").write_bytes(b"half")
+    smoke()
+    assert {p.name for p in out.iterdir()} == names
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"seed": 1}, "seed is 0 there and 1 here"),
+        ({"preset": "demo"}, "preset is 'smoke' there and 'demo' here"),
+        ({"overrides": {"lr": 1.0}}, "lr is 0.0002 there and 1.0 here"),
+        ({"category": "grain"}, "category is 'gear' there and 'grain' here"),
+        ({"method": "l2cae"}, "method is 'anovit' there and 'l2cae' here"),
+        ({"weights": "random"}, "weights_asked is 'auto' there and 'random' here"),
+        ({"dataset": "folder", "category": "gear"}, "dataset is 'toy' there and 'folder' here"),
+    ],
+)
+@pytest.mark.parametrize("complete", [True, False])
+def test_a_folder_with_another_run_is_left_alone(change, message, complete, smoke, tmp_path, monkeypatch):
+    if complete:
+        smoke("anovit")
+    else:
+        with monkeypatch.context() as patch:
+            patch.setattr(training, "SAVE_SECONDS", 0)
+            patch.setattr(runs, "score", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                smoke("anovit")
+    before = snapshot(tmp_path)
+    assert before
+    with pytest.raises(UserError, match=f"holds another run: {message}. Give another folder with --out"):
+        smoke(**{"method": "anovit"} | change)
+    assert snapshot(tmp_path) == before
+
+
+def test_other_images_are_another_run(own, smoke):
+    root = own("train", "test")
+    smoke(dataset="folder", data_root=root)
+    (root / "train" / "good" / "000.png").unlink()
+    with pytest.raises(UserError, match="holds another run: data is"):
+        smoke(dataset="folder", data_root=root)
+
+
+# --- killed -----------------------------------------------------------------------------------------------
+
+OFTEN = """
+import sys, vitad.training as training
+training.SAVE_SECONDS, training.CHECK_STEPS = 0, 1
+from vitad.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+EPOCHS = 20
+
+
+def test_a_killed_run_ends_with_the_weights_of_an_unbroken_one(toy_root, tmp_path, monkeypatch):
+    """kill -9 in the middle of `vitad run`, then the same call again."""
+    out = tmp_path / "killed"
+    command = f"run anovit --data-root {toy_root} --preset smoke --seed 5 --set epochs={EPOCHS} --out {out}".split()
+    env = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    process = subprocess.Popen([sys.executable, "-c", OFTEN, *command], env=env, stderr=subprocess.PIPE)
+    state, patience = out / ".run" / "state.pt", time.monotonic() + 100
+    while not state.exists() and process.poll() is None and time.monotonic() < patience:
+        time.sleep(0.01)
+    process.kill()
+    _, errors = process.communicate()
+    assert process.returncode == -9, errors.decode()
+    assert {p.name for p in out.iterdir()} == {".run"}
+    at = torch.load(state, weights_only=True)["at"]
+    steps = 2  # 10 images in batches of 8, two are held out
+    done = at["epoch"] * steps + at["step"]
+    assert 0 < done < EPOCHS * steps
+
+    anovit, calls = methods.get("anovit"), []
+    losses = anovit.Model.losses
+    monkeypatch.setattr(anovit.Model, "losses", lambda self, x: self.training and calls.append(1) or losses(self, x))
+    assert main(command) == 0
+    assert len(calls) == EPOCHS * steps - done  # went on, did not start again
+    command[-1] = str(tmp_path / "unbroken")
+    assert main(command) == 0
+    assert same_tensors(out, tmp_path / "unbroken")
+    killed, unbroken = (runs.read_maps(p) for p in (out, tmp_path / "unbroken"))
+    assert all(np.array_equal(killed[k], unbroken[k]) for k in killed)
+    assert {p.name for p in out.iterdir()} == FILES | {"history.csv"}
+
+
+# --- loading ----------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_of_another_method_is_refused(smoke, tmp_path):
+    smoke(out=tmp_path / "a")
+    smoke("l2cae", out=tmp_path / "b")
+    shutil.copy(tmp_path / "b" / "checkpoint.safetensors", tmp_path / "a")
+    with pytest.raises(UserError, match="is a checkpoint of l2cae, but the record says patchknn"):
+        runs.load_model(tmp_path / "a")
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused(smoke, tmp_path):
+    smoke()
+    path = tmp_path / "run" / "checkpoint.safetensors"
+    tensors, metadata = read_safetensors(path)
+    bank = tensors.pop("bank")
+    save_file(tensors, path, metadata)
+    with pytest.raises(UserError, match="does not fit: .*bank"):
+        runs.load_model(tmp_path / "run")
+    save_file(tensors | {"bank": bank, "more": bank + 1}, path, metadata)
+    with pytest.raises(UserError, match="does not fit: .*more"):
+        runs.load_model(tmp_path / "run")
+    path.unlink()
+    with pytest.raises(UserError, match="checkpoint.safetensors does not exist"):
+        runs.load_model(tmp_path / "run")
+
+
+# --- the command line -------------------------------------------------------------------------------------
+
+
+def test_the_command_line_runs_and_shows(toy_root, tmp_path, capsys):
+    out = tmp_path / "run"
+    command = f"run patchknn --data-root {toy_root} --category grain --preset smoke --set sigma=2 score=max --out {out}"
+    assert main(command.split()) == 0
+    shown = capsys.readouterr().out
+    record = runs.read_record(out)
+    assert (record["category"], record["overrides"]) == ("grain", {"sigma": 2.0, "score": "max"})
+    assert "toy grain, 64x64 px" in shown and "weights: random" in shown
+    assert main(["show", str(out)]) == 0
+    table = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert table["overrides"] == "sigma=2.0, score=max"
+    assert table["pro"] == f"{record['metrics']['pro']:.4f}" and table["heatmaps"] == str(out / "heatmaps.png")
+    assert table["data"].startswith("toy grain: 12 train, 4 good + 6 defective")
+
+
+def test_the_command_line_draws_a_contact_sheet(toy_root, tmp_path, capsys):
+    sheet = tmp_path / "sheet.png"
+    assert main(f"data show toy --data-root {toy_root} --category weave --image-size 48 --out {sheet}".split()) == 0
+    assert "toy weave, 48x48 px" in capsys.readouterr().out
+    with Image.open(sheet) as image:
+        assert image.format == "PNG" and min(image.size) > 100
+
+
+def test_the_device_is_found():
+    assert runs.find_device("cpu").type == "cpu"
+    assert runs.find_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def test_the_notebooks_print_where_they_run(capsys):
+    runs.describe_environment("cpu", dataset="toy", seed=0)
+    shown = capsys.readouterr().out
+    assert vitad.__version__ in shown and torch.__version__ in shown and "dataset='toy' · seed=0" in shown
