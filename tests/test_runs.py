@@ -37,6 +37,13 @@ def finished(request, toy_root, tmp_path_factory):
     return out, runs.run(request.param, data_root=toy_root, preset="smoke", seed=3, out=out)
 
 
+@pytest.fixture(scope="module")
+def finished_anovit(toy_root, tmp_path_factory):
+    out = tmp_path_factory.mktemp("unbroken") / "run"
+    runs.run("anovit", data_root=toy_root, preset="smoke", out=out)
+    return out
+
+
 @pytest.fixture
 def smoke(toy_root, tmp_path):
     """Run patchknn, the fastest, into `tmp_path/run`."""
@@ -301,8 +308,16 @@ def test_a_finished_run_returns_at_once(smoke, tmp_path, monkeypatch):
     assert snapshot(tmp_path) == before
 
 
-@pytest.mark.parametrize("saved", [False, True], ids=["no state", "state saved"])
-@pytest.mark.parametrize("name", ["checkpoint.safetensors", "maps.npz", "history.csv", "heatmaps.png", "record.json"])
+@pytest.mark.parametrize(
+    "name, saved",
+    [
+        ("checkpoint.safetensors", False),
+        ("maps.npz", True),
+        ("history.csv", False),
+        ("heatmaps.png", False),
+        ("record.json", False),
+    ],
+)
 def test_the_record_comes_last(name, saved, finished_anovit, smoke, tmp_path, monkeypatch):
     """Whatever cannot be written, there is no record; and the same call then finishes the run."""
     original, out = vitad.files.os.replace, tmp_path / "run"
@@ -324,13 +339,6 @@ def test_the_record_comes_last(name, saved, finished_anovit, smoke, tmp_path, mo
     smoke("anovit")
     assert {p.name for p in out.iterdir()} == FILES | {"history.csv"}
     assert same_tensors(out, finished_anovit)
-
-
-@pytest.fixture(scope="module")
-def finished_anovit(toy_root, tmp_path_factory):
-    out = tmp_path_factory.mktemp("unbroken") / "run"
-    runs.run("anovit", data_root=toy_root, preset="smoke", out=out)
-    return out
 
 
 def test_a_run_that_fails_keeps_what_others_put_into_its_folder(smoke, tmp_path, monkeypatch):
@@ -374,9 +382,11 @@ def test_leftovers_of_killed_sessions_are_removed(smoke, tmp_path):
     ],
 )
 @pytest.mark.parametrize("complete", [True, False])
-def test_a_folder_with_another_run_is_left_alone(change, message, complete, smoke, tmp_path, monkeypatch):
+def test_a_folder_with_another_run_is_left_alone(
+    change, message, complete, finished_anovit, smoke, tmp_path, monkeypatch
+):
     if complete:
-        smoke("anovit")
+        shutil.copytree(finished_anovit, tmp_path / "run")
     else:
         with monkeypatch.context() as patch:
             patch.setattr(training, "SAVE_SECONDS", 0)
