@@ -90,42 +90,41 @@ def train(model, images, seed, device, amp=True, state_path=None):
             at["losses"] = [x.to(device) for x in at["losses"]]
             saved = None
         save = _Saver(state_path, at, model, optimizer)
-        bar = tqdm(desc=phase.name, total=phase.epochs * steps, initial=at["epoch"] * steps + at["step"], unit="step")
-
-        while at["epoch"] < phase.epochs and not _out_of_patience(phase, at):
-            model.train()
-            order = np.random.default_rng([seed, number, at["epoch"]]).permutation(fit)
-            while at["step"] < steps:
-                chosen = order[at["step"] * phase.batch_size :][: phase.batch_size]
-                with autocast(device, amp):
-                    losses = model.losses(images.batch(chosen, device))
-                optimizer.zero_grad(set_to_none=True)
-                sum(losses.values()).backward()
-                if phase.clip:
-                    torch.nn.utils.clip_grad_norm_(phase.parameters, phase.clip)
-                optimizer.step()
-                at["losses"].append(torch.stack([x.detach().float() for x in losses.values()]))
-                at["step"] += 1
-                bar.update()
-                if at["step"] % CHECK_STEPS == 0 and at["step"] < steps:
-                    _check_finite(at, phase, model)
-                    save.if_due()
-            _check_finite(at, phase, model)
-            means = dict(zip(losses, torch.stack(at["losses"]).mean(0).tolist(), strict=True))
-            row = {"phase": phase.name, "epoch": at["epoch"] + 1, **means}
-            if len(val):
-                row["val"] = _validate(model, images, val, phase, device, amp)
-                if not math.isfinite(row["val"]):
-                    raise _diverged("validation loss", at, phase, model)
-                if at["best"] is None or row["val"] < at["best"]["val"]:
-                    weights = {k: v.detach().to("cpu", copy=True) for k, v in model.state_dict().items()}
-                    at["best"] = {"val": row["val"], "epoch": at["epoch"], "weights": weights}
-            at["history"].append(row)
-            at["epoch"], at["step"], at["losses"] = at["epoch"] + 1, 0, []
-            row["seconds"] = round(save.seconds(), 3)
-            bar.set_postfix(epoch=row["epoch"], **{k: f"{v:.4f}" for k, v in row.items() if k in means or k == "val"})
-            save.if_due()
-        bar.close()
+        done = at["epoch"] * steps + at["step"]
+        with tqdm(desc=phase.name, total=phase.epochs * steps, initial=done, unit="step") as bar:
+            while at["epoch"] < phase.epochs and not _out_of_patience(phase, at):
+                model.train()
+                order = np.random.default_rng([seed, number, at["epoch"]]).permutation(fit)
+                while at["step"] < steps:
+                    chosen = order[at["step"] * phase.batch_size :][: phase.batch_size]
+                    with autocast(device, amp):
+                        losses = model.losses(images.batch(chosen, device))
+                    optimizer.zero_grad(set_to_none=True)
+                    sum(losses.values()).backward()
+                    if phase.clip:
+                        torch.nn.utils.clip_grad_norm_(phase.parameters, phase.clip)
+                    optimizer.step()
+                    at["losses"].append(torch.stack([x.detach().float() for x in losses.values()]))
+                    at["step"] += 1
+                    bar.update()
+                    if at["step"] % CHECK_STEPS == 0 and at["step"] < steps:
+                        _check_finite(at, phase, model)
+                        save.if_due()
+                _check_finite(at, phase, model)
+                means = dict(zip(losses, torch.stack(at["losses"]).mean(0).tolist(), strict=True))
+                row = {"phase": phase.name, "epoch": at["epoch"] + 1, **means}
+                if len(val):
+                    row["val"] = _validate(model, images, val, phase, device, amp)
+                    if not math.isfinite(row["val"]):
+                        raise _diverged("validation loss", at, phase, model)
+                    if at["best"] is None or row["val"] < at["best"]["val"]:
+                        weights = {k: v.detach().to("cpu", copy=True) for k, v in model.state_dict().items()}
+                        at["best"] = {"val": row["val"], "epoch": at["epoch"], "weights": weights}
+                at["history"].append(row)
+                at["epoch"], at["step"], at["losses"] = at["epoch"] + 1, 0, []
+                row["seconds"] = round(save.seconds(), 3)
+                bar.set_postfix(epoch=row["epoch"], **{k: f"{row[k]:.4f}" for k in (*means, "val") if k in row})
+                save.if_due()
         if at["best"]:
             model.load_state_dict(at["best"]["weights"])
         at |= {"phase": number + 1, "epoch": 0, "best": None, "seconds": save.seconds()}

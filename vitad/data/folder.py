@@ -33,13 +33,6 @@ def records(root, category=None):
     if not train:
         raise UserError(f"{base / 'train' / 'good'} holds no images. One-class training needs good images there.")
     kinds = sorted(d.name for d in (base / "test").iterdir() if d.is_dir()) if (base / "test").is_dir() else []
-    marked = sorted(d.name for d in (base / "ground_truth").iterdir()) if (base / "ground_truth").is_dir() else []
-    for kind in marked:
-        if kind not in (*kinds, "good") and _files(base / "ground_truth" / kind):
-            raise UserError(
-                f"{base / 'ground_truth' / kind} holds masks, but there are no images test/{kind}. "
-                "Add the images or remove the masks."
-            )
     test = []
     for kind in kinds:
         images = _files(base / "test" / kind)
@@ -47,6 +40,13 @@ def records(root, category=None):
         test += [Record(p, int(kind != "good"), kind, masks.get(p)) for p in images]
     if not test:
         raise UserError(f"{base / 'test'} holds no images. Put images into test/good and test/<defect>.")
+    marked = sorted(d.name for d in (base / "ground_truth").iterdir()) if (base / "ground_truth").is_dir() else []
+    for kind in marked:
+        if kind not in (*kinds, "good") and _files(base / "ground_truth" / kind):
+            raise UserError(
+                f"{base / 'ground_truth' / kind} holds masks, but there are no images test/{kind}. "
+                "Add the images or remove the masks."
+            )
     return train, test
 
 

@@ -135,10 +135,11 @@ class ImageSet(Dataset):
             return True
 
         try:
-            with ThreadPoolExecutor() as pool:
-                jobs = pool.map(one, range(len(records)))
-                bar = tqdm(jobs, "decode", len(records), unit="image", leave=False, disable=len(records) < 200)
-                decoded = list(bar)
+            few, decoded = len(records) < 200, []
+            with ThreadPoolExecutor() as pool, tqdm(total=len(records), desc="decode", leave=False, disable=few) as bar:
+                for ok in pool.map(one, range(len(records))):
+                    decoded.append(ok)
+                    bar.update()
             if aside and all(decoded):
                 image_of.flush()
                 os.replace(aside, path)
