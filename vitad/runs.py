@@ -248,7 +248,7 @@ def table_over_seeds(records):
     A single seed has no spread and shows none.
     """
     names, keys = list(METRIC_NAMES.values()), ["data", "method", "preset", "px"]
-    groups = table(records).groupby(keys, sort=False)
+    groups = table(records).groupby(keys)
 
     def mean_and_spread(values):
         if values.isna().any():
