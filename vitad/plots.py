@@ -23,12 +23,13 @@ def examples(labels, defects, per_kind=1, good=1, order=None):
         if order is not None:
             members = members[np.argsort(np.asarray(order)[members], kind="stable")]
         wanted = min(good if kind == "good" else per_kind, len(members))
-        places = np.linspace(0, len(members) - 1, wanted + 2)[1:-1] if order is not None else range(wanted)
-        picked += [int(members[int(round(p))]) for p in places]
+        if order is not None:
+            members = members[[int((k + 0.5) * len(members) / wanted) for k in range(wanted)]]
+        picked += members[:wanted].tolist()
     return picked
 
 
-def heat_range(maps, labels=None):
+def heat_range(maps):
     """(low, high) of one colour scale for a whole test set: median of the pixels, 99.8th percentile."""
     low, high = np.percentile(np.asarray(maps, np.float32)[:: max(1, len(maps) // 100)], (50, 99.8))
     return float(low), float(max(high, low + 1e-9))
@@ -75,9 +76,9 @@ def training_curve(history, width=6.0):
     """Mean loss an epoch, from the rows that `training.train` returns; validation dashed."""
     fig, axis = plt.subplots(figsize=(width, 2.8), layout="constrained")
     skip = {"phase", "epoch", "seconds"}
-    for name in [k for k in history[0] if k not in skip]:
-        values = [row[name] for row in history]
-        axis.plot(range(1, len(values) + 1), values, "--" if name == "val" else "-", label=name)
+    for name in dict.fromkeys(k for row in history for k in row if k not in skip):
+        epochs, values = zip(*((n, row[name]) for n, row in enumerate(history, 1) if name in row), strict=True)
+        axis.plot(epochs, values, "--" if name == "val" else "-", label=name)
     axis.set(xlabel="epoch", ylabel="loss", yscale="log")
     axis.legend(frameon=False)
     axis.spines[["top", "right"]].set_visible(False)
