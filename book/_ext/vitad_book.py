@@ -31,7 +31,7 @@ def figures(records: list[dict], root: Path) -> str:
         if sheet.exists():
             what = " ".join(filter(None, (r["method"], "on", r["dataset"], r["category"], r["split"])))
             caption = f"{what}, preset {r['preset']}, {r['protocol']['image_size'][0]} px, seed {r['seed']}"
-            blocks.append(f"```{{figure}} /{sheet.relative_to(root).as_posix()}\n{caption}\n```")
+            blocks.append(f"```{{figure}} /{sheet.relative_to(root).as_posix()}\n:figclass: sheet\n\n{caption}\n```")
     return "\n\n".join(blocks)
 
 
