@@ -230,7 +230,7 @@ def table(records):
         {
             "method": r["method"],
             "data": " ".join(filter(None, (r["dataset"], r["category"], r["split"]))),
-            "preset": r["preset"],
+            "preset": ", ".join([r["preset"], *(f"{k}={v}" for k, v in r["overrides"].items() if k != "image_size")]),
             "px": r["protocol"]["image_size"][0],
             "seed": r["seed"],
             **{METRIC_NAMES[k]: v for k, v in r["metrics"].items()},
@@ -248,7 +248,8 @@ def table_over_seeds(records):
     A single seed has no spread and shows none.
     """
     names, keys = list(METRIC_NAMES.values()), ["data", "method", "preset", "px"]
-    groups = table(records).groupby(keys)
+    settings = [json.dumps([r["settings"], r["weights"]], sort_keys=True) for r in records]
+    groups = table(records).assign(settings=settings).groupby([*keys, "settings"])
 
     def mean_and_spread(values):
         if values.isna().any():
@@ -258,7 +259,7 @@ def table_over_seeds(records):
 
     result = groups[names].agg(mean_and_spread)
     result.insert(0, "seeds", groups.size())
-    return result.reset_index()
+    return result.reset_index().drop(columns="settings")
 
 
 def compare_splits(records, honest, other):
