@@ -243,7 +243,7 @@ class TestSamples:
         assert len(list((cache / "images").iterdir())) == 2 and kept.exists()
 
     def test_a_changed_image_is_decoded_anew(self, toy_root, cache, tmp_path):
-        path = tmp_path / "image.png"
+        path = tmp_path / "image.bmp"  # of the same size for any content
         colours = []
         for colour, seconds in (("red", 1), ("blue", 2)):
             Image.new("RGB", (20, 20), colour).save(path)
