@@ -480,14 +480,17 @@ def test_a_checkpoint_that_does_not_fit_is_refused(smoke, tmp_path):
 # --- tables of records ------------------------------------------------------------------------------------
 
 
-def record(method, split, seed, auroc, pro=0.5, preset="small"):
+def record(method, split, seed, auroc, pro=0.5, **overrides):
     return {
         "method": method,
         "dataset": "mt",
         "category": None,
         "split": split,
-        "preset": preset,
+        "preset": "small",
         "seed": seed,
+        "settings": {"sigma": 4.0} | overrides,
+        "overrides": overrides,
+        "weights": {"asked": "auto", "source": "random"},
         "protocol": {"image_size": [224, 224]},
         "metrics": {"image_auroc": auroc, "pixel_auroc": 0.75, "pixel_ap": 0.25, "pro": pro},
         "timings": {"load_s": 6, "prepare_s": 0, "train_s": 60, "score_s": 24},
@@ -518,6 +521,11 @@ def test_a_table_over_seeds_shows_mean_and_spread():
     assert rows.loc[("a", "mt grouped"), "image AUROC"] == "0.800 ± 0.100"
     assert rows.loc[("a", "mt differnet"), "image AUROC"] == "0.950"
     assert rows.loc[("b", "mt grouped"), "PRO"] == "–"
+
+
+def test_runs_with_other_settings_are_no_seeds():
+    rows = runs.table_over_seeds([*RECORDS[:2], record("a", "grouped", 2, 0.3, sigma=1.0)])
+    assert dict(zip(rows["preset"], rows["seeds"], strict=True)) == {"small": 2, "small, sigma=1.0": 1}
 
 
 def test_splits_are_compared_where_a_method_ran_on_both():
