@@ -541,6 +541,17 @@ def test_what_is_expected_comes_from_the_seeds():
     assert np.isnan(runs.expected([])[0]) and runs.expected([])[2] == 0
 
 
+def test_only_the_very_same_run_tells_what_to_expect():
+    demo = runs.committed_seeds("anovit", preset="demo")
+    assert {r["seed"] for r in demo} >= {0, 1, 2} and {r["category"] for r in demo} == {"gear"}
+    assert runs.committed_seeds("anovit", category="weave", preset="demo") == []
+    assert runs.committed_seeds("anovit", preset="demo", overrides={"lr": 1e-3}) == []
+    shown = runs.expectation("anovit", 1, category="weave", overrides={"lr": 1e-3})[""]
+    assert "--category weave --seed 1 --set lr=0.001 --out" in shown["command"]
+    assert shown["PRO"] == "never run so far"
+    assert runs.expectation("anovit")[""]["PRO"].endswith("(3 seeds)")
+
+
 def test_printed_tables_are_there_as_data():
     table = reported.table("yang2024_table3_mvtec_image_auroc")
     assert set(table["metric"]) == {"image_auroc"} and table["value_percent"].between(0, 100).all()

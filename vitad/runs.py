@@ -215,11 +215,19 @@ def read_records(folder):
     return [read_record(p.parent) | {"folder": p.parent} for p in paths]
 
 
-def committed(dataset=None, method=None, preset=None):
+def committed(dataset=None):
     """Records that come with the book, below `results/` of the source tree; [] where vitad was installed without it."""
-    asked = {"dataset": dataset, "method": method, "preset": preset}
     records = read_records(Path(vitad.__file__).parent.parent / "results")
-    return [r for r in records if all(value in (None, r[key]) for key, value in asked.items())]
+    return [r for r in records if dataset in (None, r["dataset"])]
+
+
+def committed_seeds(method, dataset="toy", category=None, split=None, data_root=None, preset="demo", overrides=None):
+    """Committed records of the very run that `run` would make of these arguments, one for each seed."""
+    module = methods.get(method)
+    settings = as_json(resolve(module.Settings, module.PRESETS, preset, parse_overrides(overrides)))
+    _, category, split, *_ = data.find(dataset, data_root, category, split)
+    asked = {"method": method, "category": category, "split": split, "settings": settings}
+    return [r for r in committed(dataset) if all(r[k] == v for k, v in asked.items())]
 
 
 def table(records):
@@ -270,12 +278,18 @@ def compare_splits(records, honest, other):
     return means.assign(gain=(means[other] - means[honest]).round(3)).reset_index().rename_axis(columns=None)
 
 
-def expectation(method, dataset, preset, seed):
-    """How a paper's chapter opens: the command, the figures to expect with their tolerance, the time, the hardware."""
+def expectation(method, seed=0, **request):
+    """How a paper's chapter opens: the command, the figures to expect with their tolerance, the time, the hardware.
+
+    `request` holds further arguments of `run`, of which only runs with the same ones count.
+    """
     import pandas as pd
 
-    same = committed(dataset, method, preset)
-    rows = {"command": f"vitad run {method} --dataset {dataset} --preset {preset} --seed {seed} --out runs/{method}"}
+    same = committed_seeds(method, **request)
+    options = {k.replace("_", "-"): v for k, v in request.items() if v and k != "overrides"} | {"seed": seed}
+    changed = "".join(f" --set {k}={v}" for k, v in parse_overrides(request.get("overrides") or {}).items())
+    words = " ".join(f"--{k} {v}" for k, v in options.items())
+    rows = {"command": f"vitad run {method} {words}{changed} --out runs/{method}"}
     for metric, name in METRIC_NAMES.items():
         mean, tolerance, n = expected(same, metric)
         rows[name] = f"{mean:.3f} ± {tolerance:.3f} ({n} seeds)" if n else "never run so far"
