@@ -95,7 +95,7 @@ def tree(tmp_path):
         record = {"method": "m", "dataset": "mt", "category": None, "split": split, "preset": "demo", "seed": seed}
         record["metrics"] = {"image_auroc": auroc, "pixel_auroc": None, "pixel_ap": None, "pro": None}
         record["timings"] = dict.fromkeys(("load_s", "prepare_s", "train_s", "score_s"), 1.0)
-        record["protocol"] = {"image_size": [8, 8]}
+        record |= {"protocol": {"image_size": [8, 8]}, "settings": {}, "overrides": {}, "weights": {}}
         (tmp_path / "results" / str(n)).mkdir(parents=True)
         (tmp_path / "results" / str(n) / "record.json").write_text(json.dumps(record))
     (tmp_path / "notebooks").mkdir()
