@@ -71,7 +71,7 @@ def run(
     root, category, split, train_records, test_records = data.find(dataset, data_root, category, split)
 
     out = Path(out).expanduser()
-    request = {
+    asked = {
         "method": method,
         "dataset": dataset,
         "category": category,
@@ -79,9 +79,9 @@ def run(
         "preset": preset,
         "seed": seed,
         "settings": as_json(settings),
-        "weights_asked": str(weights),
-        "data": _fingerprint(root, train_records, test_records),
     }
+    fingerprint = _fingerprint(root, train_records, test_records)
+    request = asked | {"weights_asked": str(weights), "data": fingerprint}
     finished = _claim(out, request)
     if finished:
         _tidy(out)
@@ -116,7 +116,7 @@ def run(
         metrics = evaluate(maps[located], masks, scores, test.labels, PRO_LIMIT)
         times["evaluate"] = time.monotonic()
 
-        about = {"vitad_method": method, "settings": json.dumps(as_json(settings))}
+        about = {"vitad_method": method, "settings": json.dumps(asked["settings"])}
         write_safetensors(model.state_dict(), out / "checkpoint.safetensors", about)
         _write_maps(out / "maps.npz", test, maps, scores)
         _write_history(out / "history.csv", history)
@@ -124,13 +124,8 @@ def run(
         record = {
             "method": method,
             "paper": module.PAPER,
-            "dataset": dataset,
-            "category": category,
-            "split": split,
-            "preset": preset,
-            "seed": seed,
-            "settings": as_json(settings),
-            "overrides": {k: as_json(settings)[k] for k in overrides},
+            **asked,
+            "overrides": {k: asked["settings"][k] for k in overrides},
             "protocol": {
                 "image_size": list(test.size),
                 "image_resize": "both sides, bilinear with anti-aliasing",
@@ -140,7 +135,7 @@ def run(
                 "pro_limit": PRO_LIMIT,
                 "pro_connectivity": 8,
                 **model.protocol,
-                "data_sha256": request["data"],
+                "data_sha256": fingerprint,
             },
             "weights": {"asked": str(weights), **model.weights},
             "metrics": metrics,
