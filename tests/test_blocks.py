@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 from scipy.ndimage import gaussian_filter
+from skimage.metrics import structural_similarity
 
-from vitad.blocks import gaussian_blur, top_mean
+from vitad.blocks import gaussian_blur, ssim_map, top_mean
 
 
 def maps(shape=(3, 20, 33)):
@@ -43,6 +44,36 @@ def test_gaussian_blur_is_exact_under_autocast():
         blurred = gaussian_blur(x, 2.0)
     assert blurred.dtype == torch.float32
     assert torch.equal(blurred, gaussian_blur(x, 2.0))
+
+
+@pytest.mark.parametrize("data_range", [1.0, 2.0])
+def test_ssim_map_equals_scikit_image(data_range):
+    """On an image and a noisy one; scikit-image sees the zeros that are assumed beyond the edges."""
+    rng = np.random.default_rng(0)
+    x = data_range * rng.random((2, 3, 30, 41)).cumsum(3) / 41
+    y = x + 0.1 * data_range * rng.standard_normal(x.shape)
+    expected = []
+    for a, b in zip(x, y, strict=True):
+        a, b = (np.pad(t, ((0, 0), (12, 12), (12, 12))) for t in (a, b))
+        options = dict(gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=data_range)
+        full = structural_similarity(a, b, full=True, channel_axis=0, **options)[1]
+        expected.append(full[:, 12:-12, 12:-12].mean(0, keepdims=True))
+    found = ssim_map(torch.from_numpy(x), torch.from_numpy(y), data_range)
+    assert found.shape == (2, 1, 30, 41)
+    np.testing.assert_allclose(found, expected, atol=2e-4)
+    assert 0.1 < found.mean() < 0.9
+
+
+def test_ssim_of_an_image_with_itself_is_1_and_gradients_point_there():
+    x = torch.rand(1, 3, 24, 24)
+    torch.testing.assert_close(ssim_map(x, x, 1.0), torch.ones(1, 1, 24, 24))
+    y = (x + 0.2 * torch.randn_like(x)).requires_grad_()
+    before = ssim_map(x, y, 1.0).mean()
+    before.backward()
+    after = ssim_map(x, y + 10 * y.grad, 1.0).mean()
+    assert y.grad.isfinite().all() and after > before
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(ssim_map(x, y, 1.0).mean(), before)
 
 
 def test_top_mean():

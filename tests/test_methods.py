@@ -13,7 +13,7 @@ from vitad import data, runs
 from vitad.backbones import intermediate, normalise, timm
 from vitad.blocks import top_mean
 from vitad.errors import UserError
-from vitad.methods import anovit, l2cae, patchknn
+from vitad.methods import anovit, l2cae, patchknn, vitmem
 from vitad.settings import resolve
 
 CPU = torch.device("cpu")
@@ -109,6 +109,29 @@ def sharpness(model, gears):
         return model.anomaly_map(gears.test.batch([5])["image"]).std().item()
 
 
+def recalled(model, gears):
+    with torch.no_grad():
+        return model.recall(model.encode(gears.train.batch([0])["image"]))[0]
+
+
+def sharpest(model, gears):
+    """Largest weight that any patch gives to an item of the memory."""
+    with torch.no_grad():
+        return model.reconstruct(gears.train.batch(range(4))["image"])[2].max().item()
+
+
+def ratio_of_losses(*names):
+    """The named losses, as multiples of what they are at the settings of the preset."""
+
+    def look(model, gears):
+        batch, preset = gears.train.batch(range(4)), make(vitmem)
+        with torch.no_grad():
+            seen, usual = model.losses(batch), preset.losses(batch)
+        return [(seen[name] / usual[name]).item() for name in names]
+
+    return look
+
+
 # field: (value, what to look at, what to see); a callable judges (seen with the value, seen without).
 # `amp` belongs to a whole run: test_runs.py.
 SWITCHES = {
@@ -137,6 +160,36 @@ SWITCHES = {
         "betas": ((0.1, 0.2), phase("betas"), (0.1, 0.2)),
         "seg_sigma": (2.0, sharpness, lambda seen, before: seen < before),
         "det_sigma": (4.0, peak, blurred((4.0**2 - 1) ** 0.5)),
+    },
+    vitmem: {
+        "encoder": ("vit_tiny_patch16_224", lambda m, _: m.encoder.embed_dim, 192),
+        "heads": (4, lambda m, _: m.encoder.blocks[0].attn.num_heads, 4),
+        "depth": (3, lambda m, _: len(m.encoder.blocks), 3),
+        "pretrained": (True, lambda m, _: m.weights["source"], "file given.safetensors"),
+        "image_size": (96, lambda m, _: m.encoder.patch_embed.grid_size, (6, 6)),
+        "input_range": ("unit", lambda m, g: m.reconstruct(g.train.batch([0])["image"])[0].min().item() >= 0, True),
+        "memory": (False, lambda m, _: m.memory is None, True),
+        "items": (7, lambda m, _: (m.memory.items.shape, m.memory.threshold), ((7, 64), 1 / 7)),
+        "similarity": ("dot", recalled, lambda seen, before: not torch.allclose(seen, before)),
+        "temperature": (0.05, sharpest, lambda seen, before: seen > 2 * before),
+        "shrink": (0.0, lambda m, g: m.observe(g.train, CPU)["memory_kept"], 20),
+        "coord_att": (False, lambda m, _: isinstance(m.coord_att, nn.Identity), True),
+        "ca_position": ("before_memory", recalled, lambda seen, before: not torch.allclose(seen, before)),
+        "ca_reduction": (4, lambda m, _: m.coord_att.squeeze[0].out_channels, 16),
+        "decoder": ("exact", lambda m, _: len(layers(m.decoder, nn.Upsample)), 0),
+        "decoder_norm": ("instance", lambda m, _: len(layers(m.decoder, nn.InstanceNorm2d)), 5),
+        "lambda_recon": (3.0, ratio_of_losses("l2", "ssim"), lambda seen, before: seen == pytest.approx([3, 3])),
+        "lambda_ssim": (3.0, ratio_of_losses("l2", "ssim"), lambda seen, before: seen == pytest.approx([1, 3])),
+        "lambda_ent": (0.003, ratio_of_losses("l2", "entropy"), lambda seen, before: seen == pytest.approx([1, 3])),
+        "entropy": ("printed", ratio_of_losses("l2", "entropy"), lambda seen, before: seen == pytest.approx([1, -1])),
+        "epochs": (3, phase("epochs"), 3),
+        "batch_size": (3, phase("batch_size"), 3),
+        "lr": (0.5, phase("lr"), 0.5),
+        "betas": ((0.1, 0.2), phase("betas"), (0.1, 0.2)),
+        "val_fraction": (0.25, phase("val_fraction"), 0.25),
+        "score_terms": (("ssim",), sharpness, lambda seen, before: seen != before),
+        "sigma": (2.0, sharpness, lambda seen, before: seen < before),
+        "image_top": (0.5, peak, round(1 / 2048, 4)),
     },
     l2cae: {
         "image_size": (128, lambda m, _: len(layers(m.encoder, nn.Conv2d)), 9),
@@ -464,7 +517,12 @@ def test_patchknn_state_carries_its_bank(gears):
 
 
 @pytest.mark.parametrize(
-    "method, overrides", [("anovit", {"epochs": 6, "lr": 2e-3}), ("l2cae", {"epochs": 8, "lr": 1e-3})]
+    "method, overrides",
+    [
+        ("anovit", {"epochs": 6, "lr": 2e-3}),
+        ("vitmem", {"epochs": 16, "lr": 1e-3}),
+        ("l2cae", {"epochs": 8, "lr": 1e-3}),
+    ],
 )
 def test_a_short_training_localises_far_better_than_chance(method, overrides, gear_root, tmp_path):
     """At 64 px. Chance is an AUROC of 0.5 and a PRO of 0.15: the diagonal up to 0.3. Untrained both stay below that."""

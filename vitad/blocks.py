@@ -14,22 +14,45 @@ def gaussian_blur(maps, sigma):
     if sigma == 0:
         return maps
     B, H, W = maps.shape
-    rows, columns = (_blur_matrix(n, sigma, maps.dtype, maps.device) for n in (H, W))
+    radius = int(4 * sigma + 0.5)
+    rows, columns = (_blur_matrix(n, sigma, radius, True, maps.dtype, maps.device) for n in (H, W))
     with torch.autocast(maps.device.type, enabled=False):  # half precision would tie most of a map's pixels
         return rows @ maps @ columns.T
 
 
 @lru_cache(maxsize=16)
-def _blur_matrix(n, sigma, dtype, device):
-    """(n,n): row i holds the weights with which pixel i collects its neighbours."""
-    radius = int(4 * sigma + 0.5)
+def _blur_matrix(n, sigma, radius, mirror, dtype, device):
+    """(n,n): row i holds the weights with which pixel i collects its neighbours; beyond the edges is a mirror or 0."""
     offset = torch.arange(-radius, radius + 1)
     weight = torch.exp(-0.5 * (offset.double() / sigma) ** 2)
     weight /= weight.sum()
-    position = (torch.arange(n)[:, None] + offset) % (2 * n)
-    mirrored = torch.where(position < n, position, 2 * n - 1 - position)  # ... c b a | a b c ... | c b a ...
-    matrix = torch.zeros(n, n, dtype=torch.float64).scatter_add_(1, mirrored, weight.expand(n, -1))
+    position = torch.arange(n)[:, None] + offset
+    weight = weight.expand(n, -1)
+    if mirror:
+        position = position % (2 * n)
+        position = torch.where(position < n, position, 2 * n - 1 - position)  # ... c b a | a b c ... | c b a ...
+    else:
+        inside = (position >= 0) & (position < n)
+        weight, position = weight * inside, position.clamp(0, n - 1)
+    matrix = torch.zeros(n, n, dtype=torch.float64).scatter_add_(1, position, weight)
     return matrix.to(device=device, dtype=dtype)
+
+
+def ssim_map(x, y, data_range):
+    """Structural similarity of two batches of images at every pixel: (B,C,H,W) twice -> (B,1,H,W), at most 1.
+
+    Wang et al. 2004: window Gaussian, 11 x 11 px, sigma 1.5; zeros beyond the edges; mean over channels.
+    `data_range` is the largest difference that pixels can have, 2 for images in -1..1.
+    """
+    B, C, H, W = x.shape
+    c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
+    with torch.autocast(x.device.type, enabled=False):  # variances are differences of nearly equal numbers
+        x, y = x.float(), y.float()
+        rows, columns = (_blur_matrix(n, 1.5, 5, False, x.dtype, x.device) for n in (H, W))
+        mean_x, mean_y, xx, yy, xy = (rows @ torch.stack([x, y, x * x, y * y, x * y]) @ columns.T).unbind()
+        var_x, var_y, cov = xx - mean_x**2, yy - mean_y**2, xy - mean_x * mean_y
+        ssim = (2 * mean_x * mean_y + c1) * (2 * cov + c2) / ((mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2))
+    return ssim.mean(1, keepdim=True)
 
 
 def top_mean(maps, share):

@@ -115,6 +115,7 @@ def run(
         masks = test.masks[located] if test.has_masks else None
         metrics = evaluate(maps[located], masks, scores, test.labels, PRO_LIMIT)
         times["evaluate"] = time.monotonic()
+        observed = model.observe(sets.train, device) if hasattr(model, "observe") else {}
 
         about = {"vitad_method": method, "settings": json.dumps(asked["settings"])}
         write_safetensors(model.state_dict(), out / "checkpoint.safetensors", about)
@@ -148,6 +149,7 @@ def run(
                 "parameters": sum(p.numel() for p in model.parameters()),
                 "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
                 "epochs": len(history),
+                **observed,
             },
             "timings": _timings(times, history, len(test)),
             "environment": environment(device, settings.amp),
