@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import vitad
-from vitad import data, methods, reported, runs, training
+from vitad import data, methods, runs, training
 from vitad.cli import main
 from vitad.errors import UserError
 from vitad.files import read_safetensors
@@ -478,89 +478,6 @@ def test_a_checkpoint_that_does_not_fit_is_refused(smoke, tmp_path):
     path.unlink()
     with pytest.raises(UserError, match="checkpoint.safetensors does not exist"):
         runs.load_model(tmp_path / "run")
-
-
-# --- tables of records ------------------------------------------------------------------------------------
-
-
-def record(method, split, seed, auroc, pro=0.5, **overrides):
-    return {
-        "method": method,
-        "dataset": "mt",
-        "category": None,
-        "split": split,
-        "preset": "small",
-        "seed": seed,
-        "settings": {"sigma": 4.0} | overrides,
-        "overrides": overrides,
-        "weights": {"asked": "auto", "source": "random"},
-        "protocol": {"image_size": [224, 224]},
-        "metrics": {"image_auroc": auroc, "pixel_auroc": 0.75, "pixel_ap": 0.25, "pro": pro},
-        "timings": {"load_s": 6, "prepare_s": 0, "train_s": 60, "score_s": 24},
-    }
-
-
-RECORDS = [
-    record("a", "grouped", 0, 0.7),
-    record("a", "grouped", 1, 0.8),
-    record("a", "grouped", 2, 0.9),
-    record("a", "differnet", 0, 0.95),
-    record("b", "grouped", 0, 0.6, pro=None),
-]
-
-
-def test_a_table_has_a_line_a_run(finished):
-    out, record = finished
-    (row,) = runs.table([record]).to_dict("records")
-    assert (row["method"], row["data"], row["px"], row["seed"]) == (record["method"], "toy gear", 64, 3)
-    assert row["PRO"] == record["metrics"]["pro"]
-    assert runs.table(RECORDS)["minutes"].tolist() == [1.5] * 5
-    assert list(runs.table([]).columns) == list(runs.table(RECORDS).columns)
-
-
-def test_a_table_over_seeds_shows_mean_and_spread():
-    rows = runs.table_over_seeds(RECORDS).set_index(["method", "data"])
-    assert rows["seeds"].to_dict() == {("a", "mt grouped"): 3, ("a", "mt differnet"): 1, ("b", "mt grouped"): 1}
-    assert rows.loc[("a", "mt grouped"), "image AUROC"] == "0.800 ± 0.100"
-    assert rows.loc[("a", "mt differnet"), "image AUROC"] == "0.950"
-    assert rows.loc[("b", "mt grouped"), "PRO"] == "–"
-
-
-def test_runs_with_other_settings_are_no_seeds():
-    rows = runs.table_over_seeds([*RECORDS[:2], record("a", "grouped", 2, 0.3, sigma=1.0)])
-    assert dict(zip(rows["preset"], rows["seeds"], strict=True)) == {"small": 2, "small, sigma=1.0": 1}
-
-
-def test_splits_are_compared_where_a_method_ran_on_both():
-    (row,) = runs.compare_splits(RECORDS, "grouped", "differnet").to_dict("records")
-    assert (row["method"], row["grouped"], row["differnet"], row["gain"]) == ("a", 0.8, 0.95, 0.15)
-
-
-def test_what_is_expected_comes_from_the_seeds():
-    mean, tolerance, n = runs.expected(RECORDS[:3])
-    assert (mean, tolerance, n) == (pytest.approx(0.8), pytest.approx(0.3), 3)
-    assert runs.expected(RECORDS[3:4]) == (0.95, 0.02, 1)
-    assert np.isnan(runs.expected([])[0]) and runs.expected([])[2] == 0
-
-
-def test_only_the_very_same_run_tells_what_to_expect():
-    demo = runs.committed_seeds("anovit", preset="demo")
-    assert {r["seed"] for r in demo} >= {0, 1, 2} and {r["category"] for r in demo} == {"gear"}
-    assert runs.committed_seeds("anovit", category="weave", preset="demo") == []
-    assert runs.committed_seeds("anovit", preset="demo", overrides={"lr": 1e-3}) == []
-    shown = runs.expectation("anovit", 1, category="weave", overrides={"lr": 1e-3})[""]
-    assert "--category weave --seed 1 --set lr=0.001 --out" in shown["command"]
-    assert shown["PRO"] == "never run so far"
-    assert runs.expectation("anovit")[""]["PRO"].endswith("(3 seeds)")
-
-
-def test_printed_tables_are_there_as_data():
-    table = reported.table("yang2024_table3_mvtec_image_auroc")
-    assert set(table["metric"]) == {"image_auroc"} and table["value_percent"].between(0, 100).all()
-    categories = table[table["category"] != "average"].groupby("method")["category"].nunique()
-    assert set(categories) == {15}
-    with pytest.raises(UserError, match="unknown table 'table3'"):
-        reported.table("table3")
 
 
 # --- the command line -------------------------------------------------------------------------------------

@@ -26,7 +26,6 @@ from vitad.settings import as_json, parse_overrides, resolve
 from vitad.training import autocast, train
 
 PRO_LIMIT = 0.3
-METRIC_NAMES = {"image_auroc": "image AUROC", "pixel_auroc": "pixel AUROC", "pixel_ap": "pixel AP", "pro": "PRO"}
 MASK_THRESHOLD = 0
 WRITTEN = ("checkpoint.safetensors", "maps.npz", "history.csv", "heatmaps.png")  # before the record
 
@@ -227,86 +226,15 @@ def committed_seeds(method, dataset="toy", category=None, split=None, data_root=
     return [r for r in committed(dataset) if all(r[k] == v for k, v in asked.items())]
 
 
-def table(records):
-    """One line a run: a pandas DataFrame of what was run and its four figures."""
-    import pandas as pd
+def find_or_run(method, seed=0, device="auto", out="runs/latest", **request):
+    """The committed record of this very run with this seed; where there is none, it is run now.
 
-    rows = [
-        {
-            "method": r["method"],
-            "data": " ".join(filter(None, (r["dataset"], r["category"], r["split"]))),
-            "preset": ", ".join([r["preset"], *(f"{k}={v}" for k, v in r["overrides"].items() if k != "image_size")]),
-            "px": r["protocol"]["image_size"][0],
-            "seed": r["seed"],
-            **{METRIC_NAMES[k]: v for k, v in r["metrics"].items()},
-            "minutes": sum(r["timings"][k] for k in ("load_s", "prepare_s", "train_s", "score_s")) / 60,
-        }
-        for r in records
-    ]
-    columns = ["method", "data", "preset", "px", "seed", *METRIC_NAMES.values(), "minutes"]
-    return pd.DataFrame(rows, columns=columns)
-
-
-def table_over_seeds(records):
-    """One line for each set of runs that differ in the seed only: number of seeds, mean and standard deviation.
-
-    A single seed has no spread and shows none.
+    `request` holds further arguments of `run`.
     """
-    names, keys = list(METRIC_NAMES.values()), ["data", "method", "preset", "px"]
-    settings = [json.dumps([r["settings"], r["weights"]], sort_keys=True) for r in records]
-    groups = table(records).assign(settings=settings).groupby([*keys, "settings"])
-
-    def mean_and_spread(values):
-        if values.isna().any():
-            return "–"
-        spread = f" ± {values.std(ddof=1):.3f}" if len(values) > 1 else ""
-        return f"{values.mean():.3f}{spread}"
-
-    result = groups[names].agg(mean_and_spread)
-    result.insert(0, "seeds", groups.size())
-    return result.reset_index().drop(columns="settings")
-
-
-def compare_splits(records, honest, other):
-    """What changing the split does to each method: image AUROC on both (mean over seeds), and the gain."""
-    runs_ = table(records).assign(split=[r["split"] for r in records])
-    means = runs_.pivot_table("image AUROC", ["method", "preset", "px"], "split")
-    means = means.reindex(columns=[honest, other]).dropna().round(3)
-    return means.assign(gain=(means[other] - means[honest]).round(3)).reset_index().rename_axis(columns=None)
-
-
-def expectation(method, seed=0, **request):
-    """How a paper's chapter opens: the command, the figures to expect with their tolerance, the time, the hardware.
-
-    `request` holds further arguments of `run`, of which only runs with the same ones count.
-    """
-    import pandas as pd
-
-    same = committed_seeds(method, **request)
-    options = {k.replace("_", "-"): v for k, v in request.items() if v and k != "overrides"} | {"seed": seed}
-    changed = "".join(f" --set {k}={v}" for k, v in parse_overrides(request.get("overrides") or {}).items())
-    words = " ".join(f"--{k} {v}" for k, v in options.items())
-    rows = {"command": f"vitad run {method} {words}{changed} --out runs/{method}"}
-    for metric, name in METRIC_NAMES.items():
-        mean, tolerance, n = expected(same, metric)
-        rows[name] = f"{mean:.3f} ± {tolerance:.3f} ({n} seeds)" if n else "never run so far"
-    if same:
-        machine = same[0]["environment"]
-        rows["time"] = f"{table(same)['minutes'].mean():.1f} min"
-        rows["hardware"] = f"{machine['device']}, {machine['device_name']}, {machine['threads']} thread(s)"
-    return pd.DataFrame({"": rows})
-
-
-def expected(records, metric="image_auroc"):
-    """(mean, tolerance, n) of a figure over the seeds of committed runs.
-
-    The tolerance is ours: three standard deviations of the seeds, and at least 0.02. (nan, nan, 0) without runs.
-    """
-    values = np.array([r["metrics"][metric] for r in records], float)
-    if not len(values):
-        return float("nan"), float("nan"), 0
-    spread = values.std(ddof=1) if len(values) > 1 else 0.0
-    return float(values.mean()), float(max(3 * spread, 0.02)), len(values)
+    for record in committed_seeds(method, **request):
+        if record["seed"] == seed:
+            return record
+    return run(method, seed=seed, device=device, out=out, **request)
 
 
 def read_maps(folder):

@@ -10,7 +10,7 @@ A comment in a page under book/ is replaced while the book is built; `key=value`
 import re
 from pathlib import Path
 
-from vitad import runs
+from vitad import runs, tables
 
 MARKER = re.compile(r"<!-- (results|splits|figures)((?: \w+=[\w.-]+)*) -->")
 
@@ -42,11 +42,12 @@ def expand(app, docname, source):
         wanted = dict(pair.split("=") for pair in match[2].split())
         splits = [wanted.pop(key) for key in ("honest", "other") if key in wanted]
         records = [r for r in runs.read_records(root / "results") if all(str(r[k]) == v for k, v in wanted.items())]
+        records = [r for r in records if set(r["overrides"]) <= {"image_size"}]  # ablations have their own chapters
         if not records:
             return "*No record of such a run has been committed yet.*"
         if match[1] == "figures":
             return figures(records, root)
-        return markdown(runs.compare_splits(records, *splits) if splits else runs.table_over_seeds(records))
+        return markdown(tables.across_splits(records, *splits) if splits else tables.over_seeds(records))
 
     if docname.startswith("book/"):
         source[0] = MARKER.sub(written, source[0])

@@ -1,7 +1,7 @@
 """A ViT autoencoder whose features pass through a memory of normal patches and coordinate attention.
 
-Yang & Guo 2024, "Unsupervised Industrial Anomaly Detection with ViT-Based Autoencoder", Sensors 24(8), 2440,
-DOI 10.3390/s24082440.
+Yang & Guo 2024, "An Unsupervised Method for Industrial Image Anomaly Detection with Vision Transformer-Based
+Autoencoder", Sensors 24(8), 2440, DOI 10.3390/s24082440.
 
     image -> ViT -> patch tokens on their grid -> memory -> coordinate attention -> transposed convolutions -> image
     anomaly map = smoothed sum of squared error, dissimilarity (1 - SSIM) and entropy of the memory's weights

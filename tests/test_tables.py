@@ -1,0 +1,119 @@
+"""Tables of the book: what they make of run records."""
+
+import numpy as np
+import pytest
+
+from vitad import runs, tables
+
+
+def record(method, split, seed, auroc, pro=0.5, **overrides):
+    return {
+        "method": method,
+        "dataset": "mt",
+        "category": None,
+        "split": split,
+        "preset": "small",
+        "seed": seed,
+        "settings": {"sigma": 4.0} | overrides,
+        "overrides": overrides,
+        "weights": {"asked": "auto", "source": "random"},
+        "protocol": {"image_size": [224, 224]},
+        "metrics": {"image_auroc": auroc, "pixel_auroc": 0.75, "pixel_ap": 0.25, "pro": pro},
+        "timings": {"load_s": 6, "prepare_s": 0, "train_s": 60, "score_s": 24},
+    }
+
+
+RECORDS = [
+    record("a", "grouped", 0, 0.7),
+    record("a", "grouped", 1, 0.8),
+    record("a", "grouped", 2, 0.9),
+    record("a", "differnet", 0, 0.95),
+    record("b", "grouped", 0, 0.6, pro=None),
+]
+
+
+def test_a_table_has_a_line_a_run(toy_root, tmp_path):
+    record = runs.run("patchknn", data_root=toy_root, preset="smoke", seed=3, out=tmp_path / "run")
+    (row,) = tables.by_run([record]).to_dict("records")
+    assert (row["method"], row["data"], row["px"], row["seed"]) == ("patchknn", "toy gear", 64, 3)
+    assert row["PRO"] == record["metrics"]["pro"]
+    assert tables.by_run(RECORDS)["minutes"].tolist() == [1.5] * 5
+    assert list(tables.by_run([]).columns) == list(tables.by_run(RECORDS).columns)
+
+
+def test_a_table_over_seeds_shows_mean_and_spread():
+    rows = tables.over_seeds(RECORDS).set_index(["method", "data"])
+    assert rows["seeds"].to_dict() == {("a", "mt grouped"): 3, ("a", "mt differnet"): 1, ("b", "mt grouped"): 1}
+    assert rows.loc[("a", "mt grouped"), "image AUROC"] == "0.800 ± 0.100"
+    assert rows.loc[("a", "mt differnet"), "image AUROC"] == "0.950"
+    assert rows.loc[("b", "mt grouped"), "PRO"] == "–"
+
+
+def test_runs_with_other_settings_are_no_seeds():
+    rows = tables.over_seeds([*RECORDS[:2], record("a", "grouped", 2, 0.3, sigma=1.0)])
+    assert dict(zip(rows["preset"], rows["seeds"], strict=True)) == {"small": 2, "small, sigma=1.0": 1}
+
+
+def test_splits_are_compared_where_a_method_ran_on_both():
+    (row,) = tables.across_splits(RECORDS, "grouped", "differnet").to_dict("records")
+    assert (row["method"], row["grouped"], row["differnet"], row["gain"]) == ("a", 0.8, 0.95, 0.15)
+
+
+def test_what_is_expected_comes_from_the_seeds():
+    mean, tolerance, n = tables.expected(RECORDS[:3])
+    assert (mean, tolerance, n) == (pytest.approx(0.8), pytest.approx(0.3), 3)
+    assert tables.expected(RECORDS[3:4]) == (0.95, 0.02, 1)
+    assert np.isnan(tables.expected([])[0]) and tables.expected([])[2] == 0
+
+
+def test_only_the_very_same_run_tells_what_to_expect():
+    demo = runs.committed_seeds("anovit", preset="demo")
+    assert {r["seed"] for r in demo} >= {0, 1, 2} and {r["category"] for r in demo} == {"gear"}
+    assert runs.committed_seeds("anovit", category="weave", preset="demo") == []
+    assert runs.committed_seeds("anovit", preset="demo", overrides={"lr": 1e-3}) == []
+    shown = tables.expectation("anovit", 1, category="weave", overrides={"lr": 1e-3})[""]
+    assert "--category weave --seed 1 --set lr=0.001 --out" in shown["command"]
+    assert shown["PRO"] == "never run so far"
+    assert tables.expectation("anovit")[""]["PRO"].endswith("(3 seeds)")
+
+
+def test_an_ablation_shows_each_variant_beside_what_is_printed():
+    shown = tables.ablation({"a": RECORDS[:3], "b": RECORDS[4:]}, {"a": {"image_auroc": 91.2}})
+    assert shown.loc["a", "image AUROC"] == "0.800 ± 0.100" and shown.loc["a", "image AUROC, printed"] == "0.912"
+    assert shown.loc["b", "image AUROC"] == "0.600" and shown.loc["b", "PRO"] == "–"
+    assert shown["seeds"].to_dict() == {"a": 3, "b": 1}
+
+
+def variants(**figures):
+    return {name: [record("a", "grouped", s, f) for s, f in enumerate(values)] for name, values in figures.items()}
+
+
+def test_a_contrast_is_taken_seed_by_seed():
+    """Equal gains at very different levels: certain in pairs, lost in the spread otherwise. Against scipy."""
+    from scipy.stats import ttest_rel
+
+    base, full = [0.5, 0.7, 0.9], [0.53, 0.72, 0.925]
+    found = tables.contrast(variants(base=base, full=full), {"full": 1, "base": -1})
+    interval = ttest_rel(full, base).confidence_interval(0.95)
+    assert found["difference"] == pytest.approx(0.025) and found["verdict"] == "above 0" and found["seeds"] == 3
+    assert found["plus_minus"] == pytest.approx((interval.high - interval.low) / 2, abs=1e-4)
+    assert tables.contrast(variants(base=full, full=base), {"full": 1, "base": -1})["verdict"] == "below 0"
+    shuffled = tables.contrast(variants(base=base, full=full[::-1]), {"full": 1, "base": -1})
+    assert shuffled["verdict"] == "undecided"
+
+
+def test_a_contrast_of_more_than_two_variants_and_of_few_seeds():
+    four = variants(base=[0.5, 0.5], m=[0.6, 0.61], ca=[0.55, 0.55], full=[0.8, 0.8])
+    found = tables.contrast(four, {"full": 1, "m": -1, "ca": -1, "base": 1})
+    assert found["difference"] == pytest.approx(0.145) and found["seeds"] == 2
+    one = tables.contrast(variants(base=[0.5], full=[0.9, 0.9]), {"full": 1, "base": -1})
+    assert (one["seeds"], one["verdict"]) == (1, "undecided")
+    none = tables.contrast(variants(base=[], full=[0.9]), {"full": 1, "base": -1})
+    assert (none["seeds"], none["verdict"]) == (0, "undecided")
+
+
+def test_a_run_that_is_committed_is_found_and_any_other_is_made(toy_root, tmp_path):
+    found = runs.find_or_run("patchknn", seed=1, out=tmp_path / "a")
+    assert found["seed"] == 1 and found["preset"] == "demo" and not (tmp_path / "a").exists()
+    made = runs.find_or_run("patchknn", seed=1, out=tmp_path / "a", preset="smoke", data_root=toy_root)
+    assert made == runs.read_record(tmp_path / "a")
