@@ -77,6 +77,13 @@ def test_only_the_very_same_run_tells_what_to_expect():
     assert tables.expectation("anovit")[""]["PRO"].endswith("(3 seeds)")
 
 
+def test_committed_records_are_found_without_the_data(monkeypatch):
+    monkeypatch.delenv("VITAD_MT_ROOT", raising=False)
+    (one, *_) = runs.committed_seeds("patchknn", "mt", preset="small")
+    assert (one["dataset"], one["split"]) == ("mt", "grouped")
+    assert runs.committed_seeds("patchknn", "mt", split="mala100", preset="small")[0]["split"] == "mala100"
+
+
 def test_an_ablation_shows_each_variant_beside_what_is_printed():
     shown = tables.ablation({"a": RECORDS[:3], "b": RECORDS[4:]}, {"a": {"image_auroc": 91.2}})
     assert shown.loc["a", "image AUROC"] == "0.800 ± 0.100" and shown.loc["a", "image AUROC, printed"] == "0.912"

@@ -218,10 +218,13 @@ def committed(dataset=None):
 
 
 def committed_seeds(method, dataset="toy", category=None, split=None, data_root=None, preset="demo", overrides=None):
-    """Committed records of the very run that `run` would make of these arguments, one for each seed."""
+    """Committed records of the very run that `run` would make of these arguments, one for each seed.
+
+    The data need not be there.
+    """
     module = methods.get(method)
     settings = as_json(resolve(module.Settings, module.PRESETS, preset, parse_overrides(overrides)))
-    _, category, split, *_ = data.find(dataset, data_root, category, split)
+    category, split = data.part(dataset, category, split)
     asked = {"method": method, "category": category, "split": split, "settings": settings}
     return [r for r in committed(dataset) if all(r[k] == v for k, v in asked.items())]
 

@@ -10,7 +10,7 @@ from vitad.data import folder, mt, toy
 from vitad.data.samples import ImageSet, Record, Split, cache_dir
 from vitad.errors import UserError, unknown
 
-__all__ = ["DATASETS", "ImageSet", "Record", "Split", "cache_dir", "describe", "find", "load"]
+__all__ = ["DATASETS", "ImageSet", "Record", "Split", "cache_dir", "describe", "find", "load", "part"]
 DATASETS = ("toy", "mt", "folder")
 
 
@@ -19,29 +19,37 @@ def find(name, root=None, category=None, split=None):
 
     Raises `UserError` for an unknown data set, category or split, and for a missing or incomplete folder.
     """
-    if name not in DATASETS:
-        raise unknown("dataset", name, DATASETS)
-    if name == "mt":
-        root = root or os.environ.get("VITAD_MT_ROOT")
+    category, split = part(name, category, split)
     if name == "toy":
-        root, category = toy.ensure(root), category or toy.DEFAULT_CATEGORY
-    elif root is None:
+        root = toy.ensure(root)
+    elif name == "mt":
+        root = root or os.environ.get("VITAD_MT_ROOT")
+    if root is None:
         hint = " or set VITAD_MT_ROOT" if name == "mt" else ""
         raise UserError(f"dataset '{name}' needs its folder: give --data-root{hint}.")
     root = Path(root).expanduser().resolve()
+    train, test = mt.records(root, split) if name == "mt" else folder.records(root, category)
+    return root, category, split, train, test
 
+
+def part(name, category=None, split=None):
+    """`(category, split)` with the defaults of a data set filled in; looks at no file.
+
+    Raises `UserError` for a data set or split that is unknown, and for one that the data set does not have.
+    """
+    if name not in DATASETS:
+        raise unknown("dataset", name, DATASETS)
     if name == "mt":
         if category is not None:
             raise UserError(f"dataset 'mt' has no categories, but category '{category}' was given. Leave it out.")
         split = split or mt.DEFAULT_SPLIT
         if split not in mt.SPLITS:
             raise unknown("split", split, mt.SPLITS)
-        train, test = mt.records(root, split)
-    else:
-        if split is not None:
-            raise UserError(f"dataset '{name}' is split by its folders, but split '{split}' was given. Leave it out.")
-        train, test = folder.records(root, category)
-    return root, category, split, train, test
+    elif split is not None:
+        raise UserError(f"dataset '{name}' is split by its folders, but split '{split}' was given. Leave it out.")
+    if name == "toy":
+        category = category or toy.DEFAULT_CATEGORY
+    return category, split
 
 
 def load(name, root=None, category=None, split=None, image_size=224, mask_threshold=0, skip_bad=False):
