@@ -13,7 +13,7 @@ from sklearn.metrics import confusion_matrix
 
 from vitad import plots
 from vitad.errors import UserError
-from vitad.widgets import threshold_explorer
+from vitad.widgets import bars, slider_over, threshold_explorer
 
 
 @pytest.fixture(autouse=True)
@@ -209,3 +209,19 @@ def test_the_threshold_explorer_starts_in_the_middle_and_takes_equal_scores():
     slider, _ = threshold_explorer(np.arange(101.0), np.arange(101) > 50, steps=11).children
     assert slider.value == 5
     assert len(frames(threshold_explorer(np.ones(3), np.array([0, 1, 1]), steps=5))) == 5
+
+
+def test_a_slider_over_sliders_gives_two_directions():
+    inner = [slider_over([f"{a}{b}" for b in range(3)], ["x", "y", "z"], "second", start=1) for a in "ab"]
+    outer = slider_over(inner, ["first a", "first b"], "first")
+    slider, stack = outer.children
+    assert (slider.value, slider.max, stack.selected_index) == (0, 1, 0)
+    for child, name, held in zip(stack.children, ["first a", "first b"], inner, strict=True):
+        title, panel = child.children
+        assert title.value == f"<b>{name}</b>" and panel is held
+    assert frames(inner[1])[2] == "<b>z</b><br>b2"
+
+
+def test_bars_have_the_heights_that_they_are_given():
+    svg = bars([0.0, 0.5, 1.0], "weights")
+    assert re.findall(r"v-([\d.]+)h", svg) == ["0.0", "45.0", "90.0"] and 'aria-label="weights"' in svg

@@ -116,6 +116,16 @@ def expected(records, metric="image_auroc"):
     return float(values.mean()), float(max(3 * spread, 0.02)), len(values)
 
 
+def markdown(frame):
+    """A DataFrame as a Markdown table, without its index."""
+    cells = [
+        [f"{cell:.3f}" if isinstance(cell, float) else str(cell).replace("|", "\\|") for cell in row]
+        for row in frame.to_numpy(object)
+    ]
+    rows = [list(frame.columns), ["---"] * len(frame.columns), *cells]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows).replace(" ± ", "\u00a0±\u00a0")
+
+
 def _mean_and_spread(values):
     if values.isna().any():
         return "–"

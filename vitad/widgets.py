@@ -9,10 +9,10 @@ import numpy as np
 
 
 def slider_over(frames, labels, description, start=0):
-    """A slider that chooses among HTML texts.
+    """A slider that chooses among HTML texts, or among further widgets, such as sliders.
 
     Args:
-        frames: HTML of each position.
+        frames: HTML or widget of each position.
         labels: what to call each position; shown in the frame's first line.
         description: name of the slider.
         start: position shown first.
@@ -26,11 +26,26 @@ def slider_over(frames, labels, description, start=0):
         readout=False,
         layout=wide,
     )
-    texts = [f"<b>{label}</b><br>{frame}" for label, frame in zip(labels, frames, strict=True)]
-    children = [widgets.HTML(text, layout=wide) for text in texts]
+    children = []
+    for label, frame in zip(labels, frames, strict=True):
+        if isinstance(frame, widgets.Widget):
+            children.append(widgets.VBox([widgets.HTML(f"<b>{label}</b>"), frame], layout=wide))
+        else:
+            children.append(widgets.HTML(f"<b>{label}</b><br>{frame}", layout=wide))
     stack = widgets.Stack(children=children, selected_index=start, layout=wide)
     widgets.jslink((slider, "value"), (stack, "selected_index"))
     return widgets.VBox([slider, stack])
+
+
+def bars(heights, label):
+    """SVG of non-negative numbers as bars on a scale from 0 to 1, for the frames of a slider."""
+    step = 480 / len(heights)
+    path = "".join(f"M{10 + i * step:.1f} 100v-{90 * h:.1f}h{0.8 * step:.1f}V100z" for i, h in enumerate(heights))
+    return (
+        f'<svg viewBox="0 0 500 112" style="width:100%;max-width:560px" role="img" aria-label="{label}">'
+        f'<path d="{path}" fill="#4477aa"/><path d="M10 100H490M10 10H490" stroke="currentColor" stroke-width="0.5"/>'
+        '<g font-size="9" fill="currentColor"><text x="0" y="103">0</text><text x="0" y="13">1</text></g></svg>'
+    )
 
 
 def threshold_explorer(scores, labels, steps=41):

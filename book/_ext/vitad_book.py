@@ -15,15 +15,6 @@ from vitad import runs, tables
 MARKER = re.compile(r"<!-- (results|splits|figures)((?: \w+=[\w.-]+)*) -->")
 
 
-def markdown(table) -> str:
-    """A DataFrame as a Markdown table."""
-    cells = [
-        [f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in row] for row in table.to_numpy(object)
-    ]
-    rows = [list(table.columns), ["---"] * len(table.columns), *cells]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows).replace(" ± ", "\u00a0±\u00a0")
-
-
 def figures(records: list[dict], root: Path) -> str:
     blocks = []
     for r in records:
@@ -47,7 +38,7 @@ def expand(app, docname, source):
             return "*No record of such a run has been committed yet.*"
         if match[1] == "figures":
             return figures(records, root)
-        return markdown(tables.across_splits(records, *splits) if splits else tables.over_seeds(records))
+        return tables.markdown(tables.across_splits(records, *splits) if splits else tables.over_seeds(records))
 
     if docname.startswith("book/"):
         source[0] = MARKER.sub(written, source[0])
