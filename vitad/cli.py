@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from vitad.errors import UserError
+from vitad.methods import METHODS
 
 
 def main(argv=None):
@@ -92,7 +93,7 @@ def _parser():
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     run = commands.add_parser("run", help="train and evaluate one method on one data set")
-    run.add_argument("method", metavar="METHOD", help="anovit, l2cae or patchknn")
+    run.add_argument("method", metavar="METHOD", help=", ".join(METHODS))
     _data_options(run.add_argument, "--dataset")
     run.add_argument("--preset", default="demo", help="smoke, demo (default), small or paper; anovit also legacy")
     run.add_argument("--seed", default=0, help="a whole number from 0 (default 0)")
