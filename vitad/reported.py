@@ -161,14 +161,10 @@ def _levels(paper):
     stated = _read("text_stated_values", dtype=str, keep_default_na=False)
     rows = pd.concat([table(name) for name in RESULTS])
     for s in stated[(stated["paper"] == paper) & (stated["kind"] == "level")].itertuples():
-        found = rows[
-            rows[["paper", "dataset", "method", "metric"]].eq([s.paper, s.dataset, s.method, s.metric]).all(axis=1)
-        ]
-        found = found.set_index("category")["value_percent"]
-        if s.category == "average" and len(found) > 1:
-            found = found.drop("average")
-        elif s.category in found:
-            found = found[[s.category]]
+        same = rows[["paper", "dataset", "method", "metric"]].eq([s.paper, s.dataset, s.method, s.metric]).all(axis=1)
+        found = rows[same].set_index("category")["value_percent"]
+        whole = s.category == "average" and len(found) > 1  # the ablation has no rows to average
+        found = found.drop("average") if whole else found[found.index == s.category]
         if len(found):
             what = f"{METRICS[s.metric]}, {s.dataset} {s.category}" + ("" if s.method == "Ours" else f" of {s.method}")
             yield Claim(s.section, what, s.value_percent, found.mean)
