@@ -1,0 +1,144 @@
+"""How long damage takes for a batch of 32 images of 256 x 256, beside a plain per-image version of the same recipe.
+
+python tests/bench_synthesis.py
+"""
+
+import argparse
+import time
+
+import numpy as np
+import torch
+from PIL import Image, ImageEnhance, ImageOps
+
+from vitad.data.synthesis import KINDS, Synthesis, foreground_mask, texture_bank
+
+BATCH, SIDE = 32, 256
+
+
+# --- DRAEM's recipe as it is usually written: one image at a time, NumPy and PIL --------------------------------
+
+
+def plain_perlin(rng, side, lattice):
+    """Perlin noise (side,side) on a lattice (rows, columns), both of which divide the side."""
+    rows, columns = lattice
+    cell = side // rows, side // columns
+    t = np.mgrid[0 : rows : rows / side, 0 : columns : columns / side] % 1
+    angle = rng.uniform(0, 2 * np.pi, (rows + 1, columns + 1))
+    gradient = np.stack([np.sin(angle), np.cos(angle)])
+
+    def corner(down, right):
+        g = gradient[:, down : down + rows, right : right + columns].repeat(cell[0], 1).repeat(cell[1], 2)
+        return (t[0] - down) * g[0] + (t[1] - right) * g[1]
+
+    fade = 6 * t**5 - 15 * t**4 + 10 * t**3
+    above = corner(0, 0) * (1 - fade[1]) + corner(0, 1) * fade[1]
+    below = corner(1, 0) * (1 - fade[1]) + corner(1, 1) * fade[1]
+    return np.sqrt(2) * (above * (1 - fade[0]) + below * fade[0])
+
+
+def plain_recolour(rng, texture):
+    """Three different operations on a PIL image, those that move or mix pixels first."""
+    drawn = rng.choice(10, 3, replace=False)
+    for operation in sorted(drawn, key=lambda k: (k < 8, 9 - k if k >= 8 else 0)):
+        texture = PLAIN_OPERATIONS[operation](rng, texture)
+    return texture
+
+
+def _gamma(rng, texture):
+    level = np.arange(256) / 255
+    return texture.point(np.concatenate([np.round(255 * level**g) for g in rng.uniform(0.5, 2, 3)]))
+
+
+def _brightness(rng, texture):
+    level = np.arange(256) * rng.uniform(0.8, 1.2) + rng.uniform(-30, 30)
+    return texture.point(np.tile(level.round().clip(0, 255), 3))
+
+
+def _solarise(rng, texture):
+    return ImageOps.solarize(texture, rng.uniform(32, 128)) if rng.random() < 0.5 else texture
+
+
+def _hue_and_saturation(rng, texture):
+    hue, saturation = rng.uniform(-50, 50, 2)
+    levels = np.asarray(texture.convert("HSV")).astype(np.float32)
+    levels[..., 0] = (levels[..., 0] + hue) % 256
+    levels[..., 1] = (levels[..., 1] + saturation).clip(0, 255)
+    return Image.fromarray(levels.astype(np.uint8), "HSV").convert("RGB")
+
+
+PLAIN_OPERATIONS = (
+    _gamma,
+    _brightness,
+    _solarise,
+    lambda rng, texture: ImageOps.posterize(texture, int(rng.integers(1, 9))),
+    lambda rng, texture: ImageOps.invert(texture),
+    lambda rng, texture: ImageOps.autocontrast(texture, rng.uniform(0, 20)),
+    lambda rng, texture: ImageOps.equalize(texture),
+    _hue_and_saturation,
+    lambda rng, texture: ImageEnhance.Sharpness(texture).enhance(rng.uniform(0, 2)),
+    lambda rng, texture: texture.rotate(rng.uniform(-45, 45)),
+)
+
+
+def plain_damage(rng, image, textures):
+    """Damage one image (H,H,3) float32 in [0,1]: `(image, mask (H,H) bool, label)`. `textures` are PIL images."""
+    side = len(image)
+    texture = plain_recolour(rng, textures[rng.integers(len(textures))])
+    noise = plain_perlin(rng, side, 2 ** rng.integers(0, 6, 2))
+    noise = Image.fromarray(noise.astype(np.float32)).rotate(rng.uniform(-90, 90), Image.Resampling.BILINEAR)
+    mask = np.asarray(noise) > 0.5
+    beta = np.float32(rng.uniform(0, 0.8))
+    filled = (1 - beta) * (np.asarray(texture, np.float32) / 255) + beta * image
+    return np.where(mask[..., None], filled, image), mask, int(mask.any())
+
+
+# --- times --------------------------------------------------------------------------------------------------
+
+
+def milliseconds(function, repeats):
+    """Time of each call for one image, in ascending order, after one call that is not counted."""
+    times = []
+    for k in range(repeats + 1):
+        start = time.perf_counter()
+        function(k)
+        times.append((time.perf_counter() - start) * 1000 / BATCH)
+    return sorted(times[1:])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=20)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+
+    images = torch.rand(BATCH, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
+    arrays = list(images.permute(0, 2, 3, 1).contiguous().numpy())
+    bank = texture_bank("procedural", (SIDE, SIDE), images.device).images
+    textures = [Image.fromarray(t) for t in bank.permute(0, 2, 3, 1).contiguous().numpy()]
+
+    def plain(step):
+        rng = np.random.default_rng(step)
+        return [plain_damage(rng, image, textures) for image in arrays]
+
+    def ours(**settings):
+        synthesis = Synthesis(probability=1, **settings)
+        return lambda step: synthesis(images, 0, step)
+
+    rows = {"plain, one image at a time": milliseconds(plain, max(3, args.repeats // 4))}
+    rows["vitad: the same recipe"] = milliseconds(ours(), args.repeats)
+    for kind in list(KINDS)[1:]:
+        rows[f"vitad: {kind}"] = milliseconds(ours(kinds=(kind,)), args.repeats)
+    rows["vitad: all kinds mixed"] = milliseconds(ours(kinds=tuple(KINDS)), args.repeats)
+    rows["vitad: foreground mask"] = milliseconds(lambda step: foreground_mask(images), 3)
+
+    print(f"{BATCH} images of {SIDE} x {SIDE}, every one damaged; torch threads: {torch.get_num_threads()}")
+    print(f"{'ms per image':30}{'min':>8}{'median':>9}{'faster':>9}")
+    slowest = rows["plain, one image at a time"]
+    for name, times in rows.items():
+        middle = len(times) // 2
+        print(f"{name:30}{times[0]:8.3f}{times[middle]:9.3f}{slowest[len(slowest) // 2] / times[middle]:8.1f}x")
+
+
+if __name__ == "__main__":
+    main()
