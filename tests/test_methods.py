@@ -13,7 +13,7 @@ from vitad import data, runs
 from vitad.backbones import intermediate, normalise, timm
 from vitad.blocks import top_mean
 from vitad.errors import UserError
-from vitad.methods import anovit, l2cae, patchknn, vitmem
+from vitad.methods import anovit, l2cae, patchknn, ssltok, vitmem
 from vitad.settings import resolve
 
 CPU = torch.device("cpu")
@@ -132,6 +132,49 @@ def ratio_of_losses(*names):
     return look
 
 
+def damaged(field):
+    """What the model says of its damage, and the share of images that it damages."""
+
+    def look(model, gears):
+        if field != "damage":
+            return getattr(model.synthesis, field)
+        with torch.no_grad():
+            return model.pairs(gears.train.batch(range(12)))[2].any((1, 2)).float().mean().item()
+
+    return look
+
+
+def inputs(part):
+    """Channels that a convolution or linear layer takes."""
+    return lambda model, gears: getattr(model, part).embed.weight.shape[1]
+
+
+def reaches_reconstruction(model, gears):
+    losses = model.losses(gears.train.batch(range(4)))
+    (losses["focal"] + losses["l1"]).backward()
+    return model.reconstruction.mask.grad is not None
+
+
+def hidden_share(model, gears):
+    """Largest share of tokens that is masked in a hundred images."""
+    seen, forward = [], model.reconstruction.forward
+    model.reconstruction.forward = lambda tokens, masked: seen.append(masked) or forward(tokens, masked)
+    with torch.no_grad():
+        for _ in range(10):
+            model.losses(gears.train.batch(range(10)))
+    return torch.cat(seen).float().mean(1).max().item()
+
+
+def rate(share):
+    """Learning rate after a share of the steps, as a share of its highest."""
+    return lambda model, gears: round(model.phases()[0].schedule(share), 4)
+
+
+def epochs_after_prepare(model, gears):
+    model.prepare(gears.train, CPU)
+    return model.phases()[0].epochs
+
+
 # field: (value, what to look at, what to see); a callable judges (seen with the value, seen without).
 # `amp` belongs to a whole run: test_runs.py.
 SWITCHES = {
@@ -191,6 +234,39 @@ SWITCHES = {
         "sigma": (2.0, sharpness, lambda seen, before: seen < before),
         "image_top": (0.5, peak, round(1 / 2048, 4)),
     },
+    ssltok: {
+        "tokenizer": ("vit_tiny_patch16_224", lambda m, _: m.tokenizer.embed_dim, 192),
+        "pretrained": (True, lambda m, _: m.weights["source"], "file given.safetensors"),
+        "image_size": (96, lambda m, _: (m.tokenizer.patch_embed.grid_size, m.segmentation.image_size), ((6, 6), 96)),
+        "blocks": ((1,), sharpness, lambda seen, before: seen != before),
+        "standardise": (True, lambda m, g: (m.prepare(g.train, CPU), m.std.unique().tolist() == [1.0])[1], False),
+        "damage": (1.0, damaged("damage"), lambda seen, before: seen > 0.7 > before),
+        "kinds": (("pit", "crack"), damaged("kinds"), ("pit", "crack")),
+        "mode": ("local", damaged("mode"), "local"),
+        "textures": ("a folder", damaged("textures"), "a folder"),
+        "keep_grey": (True, damaged("keep_grey"), True),
+        "pool": (3, lambda m, g: (m.prepare(g.train, CPU), len(m.pool["tokens"]))[1], 3),
+        "reconstruct": (False, lambda m, _: m.reconstruction is None, True),
+        "mask_max": (1.0, hidden_share, lambda seen, before: seen > 0.8 > 0.7 > before),
+        "width": (64, lambda m, _: m.reconstruction.positions.shape, (16, 64)),
+        "depth": (3, lambda m, _: len(m.reconstruction.blocks), 3),
+        "heads": (4, lambda m, _: m.reconstruction.blocks[0].attn.num_heads, 4),
+        "dropout": (0.5, lambda m, _: m.reconstruction.dropout.p, 0.5),
+        "segment": (False, lambda m, _: m.segmentation is None, True),
+        "seg_width": (64, lambda m, _: m.segmentation.embed.out_channels, 64),
+        "use_diff": (False, inputs("segmentation"), 128),
+        "detach_rec": (True, reaches_reconstruction, False),
+        "epochs": (3, phase("epochs"), 3),
+        "min_steps": (50, epochs_after_prepare, 50),
+        "batch_size": (3, phase("batch_size"), 3),
+        "lr": (0.5, phase("lr"), 0.5),
+        "weight_decay": (0.5, phase("weight_decay"), 0.5),
+        "warm_up": (0.5, rate(0.25), 0.5),
+        "sigma": (2.0, sharpness, lambda seen, before: seen < before),
+        "score": ("top", peak, round(1 / 41, 4)),
+        "window": (3, peak, round(1 / 9, 4)),
+        "top": (0.5, lambda m, _: m.protocol["image_score"], "mean of the highest 50.0% of the map"),
+    },
     l2cae: {
         "image_size": (128, lambda m, _: len(layers(m.encoder, nn.Conv2d)), 9),
         "latent": (7, lambda m, _: m.encoder[-1].out_channels, 7),
@@ -217,7 +293,7 @@ SWITCHES = {
 @pytest.mark.parametrize("method, name", [(m, f.name) for m in SWITCHES for f in fields(m.Settings) if f.name != "amp"])
 def test_every_switch_changes_what_it_names(method, name, gears, weights):
     value, look, expected = SWITCHES[method][name]
-    more = {"bank_size": 30} if name == "sampling" else {}
+    more = {"sampling": {"bank_size": 30}, "top": {"score": "top"}}.get(name, {})
     assert getattr(make(method, weights, **more).settings, name) != value
     before = look(make(method, weights, **more), gears)
     seen = look(make(method, weights, **more, **{name: value}), gears)
@@ -521,6 +597,7 @@ def test_patchknn_state_carries_its_bank(gears):
     [
         ("anovit", {"epochs": 6, "lr": 2e-3}),
         ("vitmem", {"epochs": 16, "lr": 1e-3}),
+        ("ssltok", {"epochs": 60, "lr": 1e-3, "standardise": True, "pool": 12}),
         ("l2cae", {"epochs": 8, "lr": 1e-3}),
     ],
 )

@@ -113,7 +113,9 @@ def test_the_record_says_what_came_out_and_where(finished):
     trained = record["method"] != "patchknn"
     buffers = {"mean", "std", "bank", "running_mean", "running_var", "num_batches_tracked"}
     assert counts["parameters"] == sum(t.numel() for k, t in tensors.items() if k.split(".")[-1] not in buffers)
-    assert counts["trained_parameters"] == (counts["parameters"] if trained else 0)
+    frozen = ("backbone.", "tokenizer.")
+    learned = [t for k, t in tensors.items() if k.split(".")[-1] not in buffers and not k.startswith(frozen)]
+    assert counts["trained_parameters"] == sum(t.numel() for t in learned)
     assert counts["epochs"] == (2 if trained else 0)
     times = record["timings"]
     assert all(seconds >= 0 for seconds in times.values()) and times["test_images_per_s"] > 0

@@ -207,6 +207,24 @@ def test_gradients_are_clipped_where_asked(images):
     assert clipped == pytest.approx([0.01] * len(clipped), rel=1e-3)
 
 
+def test_the_learning_rate_follows_the_schedule(images):
+    """Of 4 epochs of 3 steps, a quarter warms up."""
+    rates = []
+
+    class Rates(torch.optim.SGD):
+        def __init__(self, parameters, lr, betas, weight_decay):
+            super().__init__(parameters, lr=lr, weight_decay=weight_decay)
+
+        def step(self):
+            rates.append(self.param_groups[0]["lr"])
+            super().step()
+
+    train(Net(optimizer=Rates, epochs=4, lr=0.5, schedule=training.warm_up_then_cosine(0.25)), images, 0, CPU)
+    assert rates[:3] == pytest.approx([0.5 / 3, 1 / 3, 0.5])
+    cosine = [0.25 + 0.25 * math.cos(math.pi * n / 9) for n in range(1, 10)]
+    assert rates[3:] == pytest.approx(cosine) and rates[-1] < 1e-9
+
+
 class Scripted(nn.Module):
     """Its validation loss follows a script; `age` counts the epochs it was trained for."""
 
@@ -282,7 +300,7 @@ def test_a_validation_loss_that_is_not_finite_stops_too(images):
 
 STAGES = (
     {"epochs": 2, "val_fraction": 0.2},
-    {"epochs": 2, "lr": 0.003, "clip": 0.5},
+    {"epochs": 2, "lr": 0.003, "clip": 0.5, "schedule": training.warm_up_then_cosine(0.3)},
 )
 STEPS = 2 * 3 + 2 * 3
 

@@ -7,6 +7,7 @@ only, and everything else that changes is saved, aside and then renamed, every h
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -34,8 +35,20 @@ class Phase:
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.0
     clip: float | None = None  # largest norm of the gradient
+    schedule: Callable[[float], float] | None = field(default=None, repr=False)  # share done, 0 to 1 -> factor on lr
     val_fraction: float = 0.0  # share of the normal training images that is held out
     patience: int | None = None  # epochs without a better validation loss before stopping; needs val_fraction
+
+
+def warm_up_then_cosine(warm_up):
+    """Schedule of a `Phase`: linear from 0 to 1 over the share `warm_up` of the steps, then a half cosine down to 0."""
+
+    def factor(done):
+        if done < warm_up:
+            return done / warm_up
+        return 0.5 + 0.5 * math.cos(math.pi * (done - warm_up) / (1 - warm_up))
+
+    return factor
 
 
 def autocast(device, enabled):
@@ -103,6 +116,10 @@ def train(model, images, seed, device, amp=True, state_path=None):
                     sum(losses.values()).backward()
                     if phase.clip:
                         torch.nn.utils.clip_grad_norm_(phase.parameters, phase.clip)
+                    if phase.schedule:  # a function of the step alone, so that a resumed run goes on with the same
+                        share = (at["epoch"] * steps + at["step"] + 1) / (phase.epochs * steps)
+                        for group in optimizer.param_groups:
+                            group["lr"] = phase.lr * phase.schedule(share)
                     optimizer.step()
                     at["losses"].append(torch.stack([x.detach().float() for x in losses.values()]))
                     at["step"] += 1

@@ -86,13 +86,17 @@ class ImageSet(Dataset):
         }
 
     def batch(self, indices, device="cpu"):
-        """`image (B,3,H,W) float32`, `mask (B,1,H,W) bool` and `label (B,)` of the given samples on `device`."""
+        """`image (B,3,H,W) float32`, `mask (B,1,H,W) bool` and `label (B,)` of the given samples on `device`.
+
+        Also `index (B,)`, which samples they are, on the host: for methods that keep something for each image.
+        """
         indices = np.asarray(indices)
         image = torch.from_numpy(self._images[indices]).to(device, non_blocking=True)
         return {
             "image": image.float().div_(255).expand(-1, 3, -1, -1),
             "mask": torch.from_numpy(self._masks[indices]).to(device, non_blocking=True)[:, None],
             "label": torch.from_numpy(self.labels[indices]).to(device, non_blocking=True),
+            "index": torch.from_numpy(indices),
         }
 
     @property

@@ -13,7 +13,7 @@ from importlib import import_module
 
 from vitad.errors import unknown
 
-METHODS = ("anovit", "vitmem", "l2cae", "patchknn")
+METHODS = ("anovit", "vitmem", "ssltok", "l2cae", "patchknn")
 
 
 def get(name):

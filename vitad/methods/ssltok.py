@@ -1,0 +1,406 @@
+"""Tokens of a frozen self-supervised ViT, predicted without the anomaly by one network, compared by another.
+
+In the manner of Kim & Kwon 2024, "Unsupervised Visual Anomaly Detection Using Self-Supervised Pre-Trained Transformer",
+IEEE Access 12, 127604-127613, DOI 10.1109/ACCESS.2024.3454753.
+
+    image -> tokenizer T (frozen) -> tokens t_a -> reconstruction R -> tokens t_hat as they would be without anomaly
+    anomaly map = what the segmentation G makes of t_a and t_hat
+
+The paper's, from its abstract, all that is public to us: the frozen self-supervised ViT as image tokenizer, the masked
+language model as model, R that predicts anomaly-free patch tokens, G that segments from both kinds of tokens, and
+that only R and G are trained. Ours: every layer, number, loss and kind of damage below, in short a DRAEM
+(Zavrtanik et al. 2021) whose images are tokens. It is no reproduction.
+"""
+
+import math
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from vitad.backbones import DINOV2_S14, intermediate, normalise, timm, vit
+from vitad.blocks import gaussian_blur, top_mean
+from vitad.data.synthesis import Synthesis
+from vitad.errors import UserError
+from vitad.training import Phase, autocast, warm_up_then_cosine
+
+PAPER = "in the manner of Kim & Kwon 2024, IEEE Access 12, 127604-127613"
+CACHE_BYTES = 8 * 2**30  # of tokens and masks kept in the host's memory
+EPS = 1e-5  # probabilities stay this far from 0 and 1 in the focal loss
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything but the kind of tokenizer is ours."""
+
+    tokenizer: str = DINOV2_S14  # abstract: a self-supervised ViT
+    pretrained: bool = True  # abstract
+    image_size: int = 224
+    blocks: tuple[int, ...] = (12,)  # mean of their outputs, each after the last layer norm
+    standardise: bool = False  # each channel by mean and standard deviation over the training images
+    # damage, see data/synthesis.py
+    damage: float = 0.5  # probability of an image to be damaged
+    kinds: tuple[str, ...] = ("perlin",)
+    mode: Literal["global", "local", "both"] = "global"
+    textures: str = "procedural"
+    keep_grey: bool = False
+    pool: int = 0  # fixed damaged versions of each image, whose tokens are cached too; 0: drawn anew in every step
+    # reconstruction
+    reconstruct: bool = True
+    mask_max: float = 0.5  # share of the tokens that are masked: U(0, mask_max) for each image
+    width: int = 512
+    depth: int = 6
+    heads: int = 8
+    dropout: float = 0.1  # of the input tokens, so that copying does not pay
+    # segmentation
+    segment: bool = True
+    seg_width: int = 256
+    use_diff: bool = True
+    detach_rec: bool = False  # on: the segmentation loss does not reach R
+    # training
+    epochs: int = 100
+    min_steps: int = 5000  # more epochs where 100 make fewer steps
+    batch_size: int = 16
+    lr: float = 1e-4
+    weight_decay: float = 0.05
+    warm_up: float = 0.05  # share of the steps
+    # score
+    sigma: float = 4.0  # smoothing of the map, px
+    score: Literal["window", "top"] = "window"  # window: highest mean over a square, as DRAEM; top: mean of the highest
+    window: int = 21  # side of the square, px
+    top: float = 0.01  # share of the map
+    amp: bool = True
+
+
+PRESETS = {
+    "paper": {},
+    # For two cores: middle blocks keep the detail that the last ones give up; narrow subnetworks, few steps, a pool.
+    "demo": {
+        "blocks": (4, 6, 8),
+        "standardise": True,
+        "kinds": ("perlin", "crack", "pit", "patch", "paste"),
+        "pool": 3,
+        "width": 128,
+        "depth": 2,
+        "heads": 4,
+        "seg_width": 64,
+        "epochs": 16,
+        "min_steps": 0,
+        "batch_size": 8,
+        "lr": 1e-3,
+    },
+    "smoke": {
+        "tokenizer": "test_vit",
+        "pretrained": False,
+        "image_size": 64,
+        "blocks": (2, 4),
+        "pool": 1,
+        "width": 32,
+        "depth": 1,
+        "heads": 2,
+        "seg_width": 32,
+        "epochs": 2,
+        "min_steps": 0,
+        "sigma": 1.0,
+        "window": 5,
+        "amp": False,
+    },
+}
+
+# Each takes one idea away.
+VARIANTS = {
+    "full": {},
+    "no_seg": {"segment": False},  # the map is the cosine distance of t_a and t_hat
+    "no_rec": {"reconstruct": False},  # G sees t_a alone
+    "no_mask": {"mask_max": 0.0},
+    "no_synth": {"damage": 0.0, "segment": False},  # masking alone; without damage G has nothing to learn from
+}
+
+
+class Model(nn.Module):
+    """Tokenizer, training pairs, the two subnetworks, losses and score, in that order.
+
+    Args:
+        settings: `Settings`.
+        weights: source of the tokenizer's weights, as in `backbones.vit`; not used where `pretrained` is off.
+    """
+
+    def __init__(self, settings, weights="auto"):
+        super().__init__()
+        self.settings = s = settings
+        _check(s)
+        self.tokenizer, self.weights = vit(s.tokenizer, s.image_size, weights if s.pretrained else "random")
+        self.tokenizer.requires_grad_(False)
+        layers = len(self.tokenizer.blocks)
+        if not s.blocks or not all(1 <= b <= layers for b in s.blocks):
+            raise UserError(f"blocks={s.blocks}: {s.tokenizer} has blocks 1 to {layers}.")
+        D, grid = self.tokenizer.embed_dim, self.tokenizer.patch_embed.grid_size
+        self.register_buffer("mean", torch.zeros(D))
+        self.register_buffer("std", torch.ones(D))
+        self.synthesis = Synthesis(s.kinds, 1.0, s.mode, s.textures, keep_grey=s.keep_grey)
+        self.reconstruction = self.segmentation = None
+        if s.reconstruct:
+            self.reconstruction = Reconstruction(D, math.prod(grid), s.width, s.depth, s.heads, s.dropout)
+        if s.segment:
+            parts = 1 + s.reconstruct * (1 + s.use_diff)
+            self.segmentation = Segmentation(parts * D, grid, s.seg_width, s.image_size)
+        self.clean = self.pool = None  # caches, filled by prepare()
+        self.epochs = s.epochs
+        self.protocol = {
+            "normalisation": "imagenet",
+            "smoothing": f"Gaussian, sigma {s.sigma} px",
+            "image_score": f"maximum of the map's mean over {s.window} x {s.window} px"
+            if s.score == "window"
+            else f"mean of the highest {s.top:.1%} of the map",
+            "checkpoint": "last epoch",
+        }
+
+    # --- tokenizer ---
+
+    def tokens(self, images):
+        """(B,3,S,S) in [0,1] -> t (B,N,D): class and register tokens dropped."""
+        return self._standard(self._raw_tokens(images))
+
+    @torch.no_grad()
+    def _raw_tokens(self, images):
+        with autocast(images.device, self.settings.amp):
+            outputs = intermediate(self.tokenizer, normalise(images), sorted(self.settings.blocks))
+        return torch.stack(outputs).float().mean(0)
+
+    def _standard(self, tokens):
+        return (tokens - self.mean) / self.std
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.tokenizer.eval()
+        return self
+
+    # --- training pairs ---
+
+    @torch.no_grad()
+    def prepare(self, images, device):
+        """Cache the tokens of the training images, and of the pool of damaged ones, in half precision on the host.
+
+        A resumed run comes here with the same random state, so its cache is the same.
+        """
+        s, (N, D) = self.settings, (self.tokenizer.patch_embed.num_patches, len(self.mean))
+        self.epochs = max(s.epochs, math.ceil(s.min_steps / math.ceil(len(images) / s.batch_size)))
+        per_image = 2 * N * D + s.pool * (2 * N * D + s.image_size**2)
+        if s.pool and len(images) * per_image > CACHE_BYTES:
+            raise UserError(
+                f"pool={s.pool}: the tokens of {len(images)} images and of their damaged versions take "
+                f"{len(images) * per_image / 2**30:.1f} GiB, more than {CACHE_BYTES / 2**30:.1f}. Lower pool, "
+                "or set it to 0."
+            )
+        n = min(len(images), CACHE_BYTES // per_image)  # images beyond the limit are tokenized whenever they come
+        self.clean = torch.empty(n, N, D, dtype=torch.half)
+        masks = torch.empty(s.pool, n, s.image_size, s.image_size, dtype=torch.bool)
+        self.pool = {"tokens": torch.empty(s.pool, n, N, D, dtype=torch.half), "mask": masks}
+        for i in tqdm(range(0, n, s.batch_size), "tokens", unit="batch", leave=False):
+            batch = images.batch(range(i, min(i + s.batch_size, n)), device)["image"]
+            part = slice(i, i + len(batch))
+            self.clean[part] = self._raw_tokens(batch)
+            for version in range(s.pool):
+                damaged = self._damage(batch)
+                self.pool["tokens"][version, part] = self._raw_tokens(damaged["image"])
+                masks[version, part] = damaged["mask"][:, 0]
+        if s.standardise:
+            self.mean.copy_(self.clean.mean((0, 1), dtype=torch.float))
+            self.std.copy_(self.clean.float().flatten(0, 1).std(0).clamp_min(1e-3))
+
+    def _damage(self, images):
+        return self.synthesis(images, *torch.randint(2**31, (2,)).tolist())  # torch's state is saved with the run
+
+    @torch.no_grad()
+    def pairs(self, batch):
+        """t of the clean images, t_a of the images of which some are damaged, (B,N,D) both, and the mask M (B,S,S)."""
+        s, x = self.settings, batch["image"]
+        index = batch["index"] if self.training else None  # the caches are those of the training images
+        cached = index is not None and self.clean is not None and int(index.max()) < len(self.clean)
+        t = self._standard(self.clean[index].to(x.device).float()) if cached else self.tokens(x)
+        t_a, M = t.clone(), torch.zeros_like(x[:, 0], dtype=torch.bool)
+        chosen = (torch.rand(len(x)) < s.damage).nonzero()[:, 0]
+        if cached and s.pool:
+            version = torch.randint(s.pool, chosen.shape)
+            found = {k: v[version, index[chosen]].to(x.device) for k, v in self.pool.items()}
+            t_a[chosen], M[chosen] = self._standard(found["tokens"].float()), found["mask"]
+        elif len(chosen):
+            damaged = self._damage(x[chosen])
+            t_a[chosen], M[chosen] = self.tokens(damaged["image"]), damaged["mask"][:, 0]
+        return t, t_a, M
+
+    # --- losses ---
+
+    def losses(self, batch):
+        t, t_a, M = self.pairs(batch)
+        s, losses, t_hat = self.settings, {}, None
+        if self.reconstruction:
+            ratio = torch.rand(len(t), 1, device=t.device) * s.mask_max
+            t_hat = self.reconstruction(t_a, torch.rand(t.shape[:2], device=t.device) < ratio)
+            losses["cosine"] = (1 - F.cosine_similarity(t_hat, t, dim=-1)).mean()
+            losses["smooth_l1"] = 0.5 * F.smooth_l1_loss(t_hat, t)
+        if self.segmentation:
+            p = self._segment(t_a, t_hat.detach() if s.reconstruct and s.detach_rec else t_hat)
+            p_true = torch.where(M, p, 1 - p).clamp(EPS, 1 - EPS)
+            losses["focal"] = ((1 - p_true).square() * -p_true.log()).mean()  # gamma 2, no alpha
+            losses["l1"] = (p - M.float()).abs().mean()
+        return losses
+
+    def _segment(self, t_a, t_hat):
+        """Probability (B,S,S) of being anomalous."""
+        parts = [t_a] if t_hat is None else [t_a, t_hat, (t_a - t_hat).abs()][: 2 + self.settings.use_diff]
+        return self.segmentation(torch.cat(parts, -1)).float().softmax(1)[:, 1]
+
+    def phases(self):
+        s = self.settings
+        trained = [p for p in self.parameters() if p.requires_grad]
+        schedule = warm_up_then_cosine(s.warm_up)
+        return [
+            Phase(
+                "train",
+                trained,
+                self.epochs,
+                s.batch_size,
+                s.lr,
+                torch.optim.AdamW,
+                weight_decay=s.weight_decay,
+                schedule=schedule,
+            )
+        ]
+
+    # --- score ---
+
+    def predict(self, images):
+        """(B,3,S,S) -> dict of `t_a`, `t_hat` (B,N,D; None without R) and the unsmoothed `map` (B,S,S)."""
+        return self._predict(self.tokens(images), images.shape[-2:])
+
+    def _predict(self, t_a, size):
+        t_hat = self.reconstruction(t_a) if self.reconstruction else None
+        if self.segmentation:
+            p = self._segment(t_a, t_hat)
+        else:
+            distance = 1 - F.cosine_similarity(t_a, t_hat, dim=-1)
+            distance = distance.view(-1, 1, *self.tokenizer.patch_embed.grid_size)
+            p = F.interpolate(distance, size, mode="bilinear", align_corners=False)[:, 0]
+        return {"t_a": t_a, "t_hat": t_hat, "map": p}
+
+    def anomaly_map(self, images):
+        """(B,3,S,S) -> (B,S,S)"""
+        return gaussian_blur(self.predict(images)["map"], self.settings.sigma)
+
+    def image_score(self, maps):
+        """(B,S,S) -> (B,)"""
+        s = self.settings
+        if s.score == "top":
+            return top_mean(maps, s.top)
+        return F.avg_pool2d(maps[:, None], s.window, 1, s.window // 2).amax((1, 2, 3))
+
+    @torch.no_grad()
+    def observe(self, images, device):
+        """Size of the caches, number of steps, and images a second with the tokenizer and without it."""
+        s = self.settings
+        x = images.batch(range(min(s.batch_size, len(images))), device)["image"]
+        tokens = self.tokens(x)
+        cached = [self.clean, *self.pool.values()]
+
+        def per_second(function):
+            seconds = []
+            for _ in range(3):
+                began = time.perf_counter()
+                function().amax().item()  # waits for the device
+                seconds.append(time.perf_counter() - began)
+            return round(len(x) / min(seconds), 2)
+
+        with autocast(x.device, s.amp):
+            return {
+                "train_steps": self.epochs * math.ceil(len(images) / s.batch_size),
+                "cache_mib": round(sum(c.numel() * c.element_size() for c in cached) / 2**20, 1),
+                "images_per_s": per_second(lambda: self.anomaly_map(x)),
+                "images_per_s_from_tokens": per_second(lambda: self._predict(tokens, x.shape[-2:])["map"]),
+            }
+
+
+class Reconstruction(nn.Module):
+    """R: tokens (B,N,D) -> the anomaly-free tokens (B,N,D). Pre-norm transformer with learned positions."""
+
+    def __init__(self, token_width, n_tokens, width, depth, heads, dropout):
+        super().__init__()
+        self.dropout = nn.Dropout(dropout)
+        self.embed = nn.Linear(token_width, width)
+        self.mask = nn.Parameter(0.02 * torch.randn(width))  # [MASK]
+        self.positions = nn.Parameter(0.02 * torch.randn(n_tokens, width))
+        Block = timm.models.vision_transformer.Block
+        self.blocks = nn.Sequential(*(Block(width, heads, qkv_bias=True) for _ in range(depth)))
+        self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, token_width))
+
+    def forward(self, tokens, masked=None):
+        """`masked` (B,N) bool: tokens that are hidden behind [MASK]."""
+        return self.head(self.blocks(self._embed(tokens, masked))).float()
+
+    def _embed(self, tokens, masked=None):
+        x = self.embed(self.dropout(tokens))
+        if masked is not None:
+            x = torch.where(masked[..., None], self.mask.to(x.dtype), x)
+        return x + self.positions
+
+    @torch.no_grad()
+    def attention(self, tokens, block=-1):
+        """(B,N,D) -> (B,heads,N,N): how a block spreads each token's attention (rows) over all tokens."""
+        blocks = list(self.blocks)
+        x = self._embed(tokens)
+        for before in blocks[:block]:
+            x = before(x)
+        attn = blocks[block].attn
+        B, N, _ = x.shape
+        q, k, _ = attn.qkv(blocks[block].norm1(x)).view(B, N, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4)
+        return (q @ k.mT * attn.scale).softmax(-1)
+
+
+class Segmentation(nn.Module):
+    """G: what is known at each token (B,N,C) -> logits (B,2,S,S), normal and anomalous.
+
+    Two residual blocks on the grid, then doublings of its side, at half the channels each, until S / 2 is reached.
+    """
+
+    def __init__(self, channels, grid, width, image_size):
+        super().__init__()
+        self.grid, self.image_size = grid, image_size
+        self.embed = nn.Conv2d(channels, width, 1)
+        self.residual = nn.ModuleList(nn.Sequential(*_conv(width, width), *_conv(width, width)) for _ in range(2))
+        up, side = [], min(grid)
+        while side < image_size / 2:
+            up += [nn.Upsample(scale_factor=2, mode="bilinear"), *_conv(width, max(width // 2, 8))]
+            side, width = 2 * side, max(width // 2, 8)
+        self.up = nn.Sequential(*up, nn.Conv2d(width, 2, 1))
+
+    def forward(self, tokens):
+        x = self.embed(tokens.mT.unflatten(2, self.grid))
+        for block in self.residual:
+            x = x + block(x)
+        size = (self.image_size, self.image_size)
+        return F.interpolate(self.up(x), size, mode="bilinear", align_corners=False)
+
+
+def _conv(c_in, c_out):
+    return nn.Conv2d(c_in, c_out, 3, padding=1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU()
+
+
+def _check(s):
+    """Settings that contradict each other or that have no meaning."""
+    if not (s.reconstruct or s.segment):
+        raise UserError("reconstruct and segment are both off: nothing is left that could be trained.")
+    if s.segment and not s.damage:
+        raise UserError("damage=0 leaves the segmentation nothing to learn from. Raise it, or set segment to false.")
+    for name in ("damage", "mask_max", "dropout", "top"):
+        if getattr(s, name) > 1:
+            raise UserError(f"{name}={getattr(s, name)} is a share: from 0 to 1.")
+    if s.warm_up >= 1:
+        raise UserError(f"warm_up={s.warm_up} leaves no step after it: it has to be below 1.")
+    if not s.heads or s.width % s.heads:
+        raise UserError(f"width={s.width} cannot be split between heads={s.heads}.")
+    if not s.window % 2:
+        raise UserError(f"window={s.window}: give an odd number of pixels.")
