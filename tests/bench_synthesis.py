@@ -18,12 +18,11 @@ BATCH, SIDE = 32, 256
 # --- DRAEM's recipe as it is usually written: one image at a time, NumPy and PIL --------------------------------
 
 
-def plain_perlin(rng, side, lattice):
-    """Perlin noise (side,side) on a lattice (rows, columns), both of which divide the side."""
-    rows, columns = lattice
+def plain_perlin(angle, side):
+    """Perlin noise (side,side) from the directions of the gradients at the lattice points, whose cells divide it."""
+    rows, columns = angle.shape[0] - 1, angle.shape[1] - 1
     cell = side // rows, side // columns
     t = np.mgrid[0 : rows : rows / side, 0 : columns : columns / side] % 1
-    angle = rng.uniform(0, 2 * np.pi, (rows + 1, columns + 1))
     gradient = np.stack([np.sin(angle), np.cos(angle)])
 
     def corner(down, right):
@@ -84,7 +83,7 @@ def plain_damage(rng, image, textures):
     """Damage one image (H,H,3) float32 in [0,1]: `(image, mask (H,H) bool, label)`. `textures` are PIL images."""
     side = len(image)
     texture = plain_recolour(rng, textures[rng.integers(len(textures))])
-    noise = plain_perlin(rng, side, 2 ** rng.integers(0, 6, 2))
+    noise = plain_perlin(rng.uniform(0, 2 * np.pi, 2 ** rng.integers(0, 6, 2) + 1), side)
     noise = Image.fromarray(noise.astype(np.float32)).rotate(rng.uniform(-90, 90), Image.Resampling.BILINEAR)
     mask = np.asarray(noise) > 0.5
     beta = np.float32(rng.uniform(0, 0.8))

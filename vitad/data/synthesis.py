@@ -28,7 +28,7 @@ from vitad.data.samples import IMAGE_SUFFIXES, UNREADABLE
 from vitad.errors import UserError, unknown
 
 PROCEDURAL = 128  # textures made where none are given
-TEXTURE_BYTES = 2**29  # decoded textures kept on the device; of more files, an evenly spread part
+TEXTURE_BYTES = 2**30  # what decoded textures may take on the device; of more files, an evenly spread part
 COARSE = 24  # side in px of the copy of a texture from which its histogram is taken
 
 
@@ -315,7 +315,7 @@ class TextureBank:
     coarse: np.ndarray  # (N,3,Q) uint8: a coarse grid of each one's pixels, on the host
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=2)
 def texture_bank(source, size, device):
     """Textures of `size` on the device: `procedural`, or every image below the folder `source`, decoded once.
 
@@ -327,7 +327,8 @@ def texture_bank(source, size, device):
     coarse = images[:, :, rows[:, None], columns].flatten(2).cpu().numpy()
     smooth = torch.empty_like(images)
     for part, out in zip(images.split(16), smooth.split(16), strict=True):
-        around = F.avg_pool2d(F.pad(part.float(), (1, 1, 1, 1), mode="replicate"), 3, 1)
+        part = part.float()
+        around = F.avg_pool2d(F.pad(part, (1, 1, 1, 1), mode="replicate"), 3, 1)
         out.copy_(((9 * around + 4 * part) / 13).round_())
     return TextureBank(images, smooth, coarse)
 
@@ -340,7 +341,7 @@ def _decode(source, size):
     if not files:
         raise UserError(f"texture folder {root} holds no images. Put some there, or use textures=procedural.")
     H, W = size
-    most = min(len(files), max(1, TEXTURE_BYTES // (3 * H * W)))
+    most = min(len(files), max(1, TEXTURE_BYTES // (6 * H * W)))
     files = [files[k * len(files) // most] for k in range(most)]
 
     def one(path):
@@ -372,11 +373,12 @@ def procedural_textures(n, size, device):
 
 
 def _noise_texture(rng, n, y, x):
-    """Smooth noise at five scales with random weights, each channel its own or all alike in part."""
+    """Smooth noise at five scales, weighted at random; its channels have more or less of it in common."""
     total = 0
     for side in (4, 8, 16, 32, 64):
-        knots = rng.normal(size=(n, 3, side, side)) + 2 * rng.random((n, 1, 1, 1)) * rng.normal(size=(n, 1, side, side))
-        knots = _tensor(knots * rng.random((n, 1, 1, 1)) ** 2, y.device)
+        weight, common = rng.random((2, n, 1, 1, 1))
+        knots = rng.normal(size=(n, 3, side, side)) + 2 * common * rng.normal(size=(n, 1, side, side))
+        knots = _tensor(weight**2 * knots, y.device)
         total = total + F.interpolate(knots, y.shape, mode="bicubic", align_corners=False)
     total = total / total.std((2, 3), keepdim=True)
     return _tensor(rng.uniform(0.3, 0.7, (n, 3, 1, 1)), y.device) + 0.22 * total

@@ -1,0 +1,503 @@
+"""Synthetic damage: what holds for every kind, DRAEM's recipe beside a plain version, textures, foreground."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from bench_synthesis import plain_damage, plain_perlin
+from PIL import Image, ImageEnhance, ImageFilter, ImageOps
+from scipy.ndimage import label
+from scipy.stats import ks_2samp
+
+from vitad import data
+from vitad.data import synthesis
+from vitad.data.synthesis import KINDS, Synthesis, foreground_mask, perlin_noise, texture_bank, turned
+from vitad.errors import UserError
+
+CPU = torch.device("cpu")
+
+
+def random_images(B=6, size=(64, 64), seed=0):
+    """Grey noise with other noise in each channel, so that any change shows."""
+    generator = torch.Generator().manual_seed(seed)
+    return 0.2 + 0.6 * torch.rand(B, 3, *size, generator=generator)
+
+
+@pytest.fixture(scope="module")
+def gears(gear_root):
+    return data.load("toy", root=gear_root, image_size=128).train.batch(range(12))["image"]
+
+
+@pytest.fixture
+def texture_folder(tmp_path):
+    """Laid out like DTD: three textures of other sizes, each of one colour."""
+    for k, colour in enumerate([(250, 10, 10), (10, 250, 10), (10, 10, 250)]):
+        path = tmp_path / "dtd" / "images" / f"kind-{k}" / f"kind-{k}_0001.jpg"
+        path.parent.mkdir(parents=True)
+        Image.new("RGB", (300 + 40 * k, 310), colour).save(path)
+    (tmp_path / "dtd" / "labels").mkdir()
+    (tmp_path / "dtd" / "labels" / "train1.txt").write_text("kind-0/kind-0_0001.jpg\n")
+    return tmp_path / "dtd"
+
+
+class TestEveryKind:
+    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize("size", [(64, 64), (97, 53), (40, 200)])
+    def test_the_mask_is_what_changed(self, kind, size):
+        images = random_images(16, size)
+        given = images.clone()
+        out = Synthesis(kinds=(kind,), probability=1)(images, seed=0, step=0)
+        assert torch.equal(images, given)
+        assert out["image"].shape == images.shape and out["image"].dtype == torch.float32
+        assert out["mask"].shape == (16, 1, *size) and out["mask"].dtype == torch.bool
+        assert out["label"].shape == (16,) and out["label"].dtype == torch.int64
+        assert torch.equal(out["mask"], (out["image"] != images).any(1, keepdim=True))
+        assert torch.equal(out["label"].bool(), out["mask"].flatten(1).any(1))
+        assert out["image"].min() >= 0 and out["image"].max() <= 1
+        assert out["label"].float().mean() > 0.6
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_seed_and_step_alone_decide(self, kind):
+        damage = Synthesis(kinds=(kind,), probability=1)
+        images = random_images()
+        first = damage(images, 3, 7)
+        others = [damage(images, 3, 8), damage(images, 4, 7)]
+        torch.manual_seed(99)
+        np.random.seed(99)
+        again = Synthesis(kinds=(kind,), probability=1)(images, 3, 7)
+        assert all(torch.equal(first[k], again[k]) for k in first)
+        assert not any(torch.equal(first["mask"], other["mask"]) for other in others)
+
+    def test_global_random_state_is_left_alone(self):
+        before = torch.get_rng_state(), np.random.get_state()[1].copy()
+        Synthesis(kinds=tuple(KINDS))(random_images(), 0, 0)
+        assert torch.equal(torch.get_rng_state(), before[0])
+        assert np.array_equal(np.random.get_state()[1], before[1])
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_mixed_precision_changes_nothing(self, kind):
+        damage, images = Synthesis(kinds=(kind,), probability=1), random_images()
+        expected = damage(images, 0, 0)
+        with torch.autocast("cpu", torch.bfloat16):
+            got = damage(images, 0, 0)
+        assert all(torch.equal(expected[k], got[k]) for k in expected)
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_grey_images_share_memory_between_channels_and_may_stay_grey(self, kind):
+        images = random_images()[:, :1].expand(-1, 3, -1, -1)
+        out = Synthesis(kinds=(kind,), probability=1, keep_grey=True)(images, 0, 0)
+        assert out["mask"].any()
+        assert (out["image"] == out["image"][:, :1]).all()
+
+    def test_colour_on_grey_images_is_the_recipe_and_colour_images_keep_theirs(self):
+        grey = random_images()[:, :1].expand(-1, 3, -1, -1)
+        out = Synthesis(probability=1)(grey, 0, 0)["image"]
+        assert (out != out[:, :1]).any()
+        colour = random_images()
+        expected, got = (Synthesis(probability=1, keep_grey=k)(colour, 0, 0)["image"] for k in (False, True))
+        assert torch.equal(expected, got)
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_local_damage_stays_inside_the_foreground(self, kind, gears):
+        foreground = foreground_mask(gears)
+        local, everywhere = (
+            Synthesis(kinds=(kind,), probability=1, mode=mode)(gears, 0, 0) for mode in ("local", "global")
+        )
+        assert local["mask"].any()
+        assert not (local["mask"] & ~foreground).any()
+        assert (everywhere["mask"] & ~foreground).any()
+        assert torch.equal(local["mask"], (local["image"] != gears).any(1, keepdim=True))
+        given = Synthesis(kinds=(kind,), probability=1, mode="local")(gears, 0, 0, foreground)
+        assert torch.equal(given["image"], local["image"])
+
+    def test_a_given_foreground_is_used(self, gears):
+        left = torch.zeros(len(gears), 1, 128, 128, dtype=torch.bool)
+        left[..., :40] = True
+        out = Synthesis(kinds=tuple(KINDS), probability=1, mode="local")(gears, 0, 0, left)
+        assert out["mask"].any() and not out["mask"][..., 40:].any()
+
+    def test_both_is_an_even_chance_of_local_and_global(self):
+        nowhere = torch.zeros(400, 1, 32, 32, dtype=torch.bool)
+        out = Synthesis(kinds=("pit",), probability=1, mode="both")(random_images(400, (32, 32)), 0, 0, nowhere)
+        assert 160 < out["label"].sum() < 240  # local damage has no place here
+
+    def test_probability(self):
+        images = random_images(400, (32, 32))
+        counts = [
+            int(Synthesis(kinds=("patch",), probability=p)(images, 0, 0)["label"].sum()) for p in (0, 0.5, 0.8, 1)
+        ]
+        assert counts[0] == 0 and 160 < counts[1] < 240 and 290 < counts[2] < 350 and counts[3] > 390
+
+    def test_a_kind_named_twice_comes_twice_as_often(self):
+        images = torch.full((300, 3, 32, 32), 0.5)
+        images[:, 0] += 0.001 * random_images(300, (32, 32))[:, 0]
+        out = Synthesis(kinds=("pit", "patch", "pit"), probability=1)(images, 0, 0)
+        change = (out["image"] - images).abs().flatten(1).amax(1)  # pits are strong, patches weak
+        assert 0.6 < (change > 0.18).float().mean() < 0.73
+
+    def test_shapes_grow_with_the_image(self):
+        """Lengths are shares of the shorter side: the share of damaged pixels hardly depends on the image's size."""
+        for kind in ("crack", "pit", "patch", "fray", "paste"):
+            small, large = (
+                Synthesis(kinds=(kind,), probability=1)(random_images(64, (n, n)), 0, 0)["mask"].float().mean()
+                for n in (112, 224)
+            )
+            assert 0.6 < small / large < 1.9, kind
+
+    def test_what_the_kinds_look_like(self):
+        images = random_images(64, (224, 224))
+        masks = {k: Synthesis(kinds=(k,), probability=1)(images, 0, 0)["mask"][:, 0].numpy() for k in KINDS}
+        parts = {k: [label(m, np.ones((3, 3)))[1] for m in v] for k, v in masks.items()}
+        assert set(parts["crack"]) == {1} and set(parts["paste"]) == {1}
+        assert set(parts["pit"]) == {1, 2, 3, 4}
+        share = {k: v.mean() for k, v in masks.items()}
+        assert share["pit"] < 0.01 and share["crack"] < 0.01 < share["paste"] < 0.06 and share["patch"] > 0.03
+        frame = np.ones((224, 224), bool)
+        frame[1:-1, 1:-1] = False
+        assert all((m & frame).any() for m in masks["fray"])
+        for mask in masks["crack"]:  # 1 to 3 px wide, soft rims included
+            inner = mask[:-4] & mask[4:] & mask[2:-2]
+            rows, columns = inner[:, 2:-2], (mask[:, :-4] & mask[:, 4:] & mask[:, 2:-2])[2:-2]
+            assert (rows & columns).mean() < 0.002
+
+    def test_dark_and_bright_surfaces_show_their_damage(self):
+        for level in (0.0, 0.02, 0.98, 1.0):
+            for kind in ("crack", "pit", "fray"):
+                images = torch.full((12, 3, 64, 64), level)
+                out = Synthesis(kinds=(kind,), probability=1)(images, 0, 0)
+                change = (out["image"] - images).abs().flatten(1).amax(1)
+                assert (change > 0.1).all(), (level, kind)
+
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_a_gpu_gives_the_damage_of_the_cpu(self, kind):
+        images, damage = random_images(16), Synthesis(kinds=(kind,), probability=1)
+        expected, got = damage(images, 0, 0), damage(images.cuda(), 0, 0)
+        assert got["image"].is_cuda
+        assert (expected["mask"] != got["mask"].cpu()).float().mean() < 1e-3  # rounding may decide at the rim
+        assert ((expected["image"] - got["image"].cpu()).abs() > 0.02).float().mean() < 1e-3
+
+
+class TestPerlin:
+    def test_noise_is_that_of_the_plain_version(self):
+        exponents = np.array([(0, 5), (3, 1), (4, 4), (5, 0)])
+        noise = perlin_noise(np.random.default_rng(4), exponents, (96, 96), CPU).numpy()
+        directions = np.random.default_rng(4).random((4, 33, 33), np.float32) * np.float32(2 * np.pi)
+        for n, (a, b) in enumerate(exponents):
+            expected = plain_perlin(directions[n, : 2**a + 1, : 2**b + 1], 96)
+            np.testing.assert_allclose(noise[n], expected, atol=2e-6)
+
+    def test_noise_of_any_size_is_zero_at_lattice_points_and_smooth(self):
+        noise = perlin_noise(np.random.default_rng(0), np.full((8, 2), 2), (60, 100), CPU)
+        assert noise.shape == (8, 60, 100)
+        assert noise[:, ::15, ::25].abs().max() < 1e-6
+        assert 0.4 < noise.abs().amax() <= 1
+        assert noise.diff(dim=1).abs().max() < 0.25 and noise.diff(dim=2).abs().max() < 0.15
+        tiny = perlin_noise(np.random.default_rng(0), np.array([(5, 5)]), (8, 8), CPU)
+        assert tiny.shape == (1, 8, 8) and tiny.isfinite().all()
+
+    def test_turning_moves_pixels_one_to_one_to_where_they_belong(self):
+        where = torch.ones(5, 50, 80, dtype=torch.bool)
+        angles = np.array([-1.5, -0.4, 0, 0.4, 1.5])
+        pixels = synthesis._pixels(where)
+        s, y, x = turned(pixels, angles, (50, 80))
+        assert len(torch.unique((s * 50 + y) * 80 + x)) == len(s)
+        assert (s == 2).sum() == 50 * 80
+        for n, angle in enumerate(angles):  # a spot lands where a rotation takes it
+            spot = (torch.tensor([n]), torch.tensor([30]), torch.tensor([45]))
+            _, row, column = (float(v) for v in turned(spot, angles, (50, 80)))
+            down, right = 30 - 24.5, 45 - 39.5
+            expected = np.cos(angle) * down - np.sin(angle) * right, np.cos(angle) * right + np.sin(angle) * down
+            assert np.hypot(row - 24.5 - expected[0], column - 39.5 - expected[1]) < 1.5
+
+    def test_an_empty_mask_is_a_normal_image(self):
+        images = random_images()
+        out = Synthesis(probability=1, threshold=1.5)(images, 0, 0)
+        assert torch.equal(out["image"], images)
+        assert not out["mask"].any() and not out["label"].any()
+
+    def test_scales_threshold_and_opacity(self):
+        """Each setting reaches what it names."""
+        images = random_images(64, (128, 128))
+
+        def damage(**settings):
+            return Synthesis(probability=1, **settings)(images, 0, 0)
+
+        coarse, fine = (
+            np.mean([label(m, np.ones((3, 3)))[1] for m in damage(scales=(a,))["mask"][:, 0].numpy()]) for a in (1, 4)
+        )
+        assert fine > 10 * coarse
+        low, high = (damage(threshold=t)["mask"].float().mean() for t in (0.2, 0.6))
+        assert low > 4 * high
+        opaque, faint = ((damage(beta_max=b)["image"] - images).abs().sum() for b in (0.0, 1.0))
+        assert 1.6 < opaque / faint < 2.4
+
+
+SIDE, N = 256, 200
+
+
+def measures(images, damaged, masks):
+    """What the damage of images (N,H,W,3) with independent random pixels was like: arrays of a value an image."""
+    area = masks.mean((1, 2))
+    parts = np.array([label(m, np.ones((3, 3)))[1] for m in masks])
+    large = masks.sum((1, 2)) > 500
+    opacity, level, spread = [], [], []
+    for image, after, mask in zip(images[large], damaged[large], masks[large], strict=True):
+        x, y = image[mask], after[mask]
+        slope = ((x - x.mean(0)) * y).sum() / ((x - x.mean(0)) ** 2).sum()  # the share of the image that shines through
+        opacity.append(1 - slope)
+        level.append(y.mean())
+        spread.append(y.std())
+    return dict(area=area, parts=parts, opacity=opacity, level=level, spread=spread)
+
+
+@pytest.fixture(scope="module")
+def plain():
+    """Measures of N images damaged by the plain version."""
+    rng = np.random.default_rng(5)
+    bank = texture_bank("procedural", (SIDE, SIDE), CPU).images
+    textures = [Image.fromarray(t) for t in bank.permute(0, 2, 3, 1).contiguous().numpy()]
+    images = rng.random((N, SIDE, SIDE, 3), np.float32)
+    results = [plain_damage(rng, image, textures) for image in images]
+    return measures(images, np.stack([r[0] for r in results]), np.stack([r[1] for r in results]))
+
+
+class TestRecipe:
+    """DRAEM's recipe in batches beside the plain version, an image at a time."""
+
+    def batched(self, **settings):
+        images = torch.rand(N, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(1))
+        out = Synthesis(probability=1, **settings)(images, 0, 0)
+        return measures(*(v.permute(0, 2, 3, 1).numpy() for v in (images, out["image"])), out["mask"][:, 0].numpy())
+
+    def test_gives_the_same_distribution(self, plain):
+        """Kolmogorov-Smirnov: five properties of 200 images each, at fixed seeds."""
+        batched = self.batched()
+        for name in plain:
+            assert ks_2samp(plain[name], batched[name]).pvalue > 0.01, name
+        assert abs(np.mean(batched["area"]) / np.mean(plain["area"]) - 1) < 0.15
+        assert abs(np.mean(batched["opacity"]) - np.mean(plain["opacity"])) < 0.05
+
+    @pytest.mark.parametrize(
+        "wrong, name",
+        [
+            ({"threshold": 0.45}, "area"),
+            ({"scales": (0, 1, 2, 3, 4)}, "parts"),
+            ({"scales": (1, 2, 3, 4, 5)}, "parts"),
+            ({"beta_max": 1.0}, "opacity"),
+        ],
+    )
+    def test_the_comparison_would_notice_another_recipe(self, plain, wrong, name):
+        assert ks_2samp(plain[name], self.batched(**wrong)[name]).pvalue < 0.005
+
+
+class TestOperations:
+    """The operations on textures beside PIL's."""
+
+    @pytest.fixture
+    def picture(self):
+        """(24,24,3) uint8 with an uneven histogram; as small as the copy from which histograms are taken."""
+        rng = np.random.default_rng(2)
+        return (255 * rng.beta(2, 5, (24, 24, 3))).astype(np.uint8)
+
+    def through(self, operation, picture, rng=None):
+        coarse = picture.transpose(2, 0, 1).reshape(1, 3, -1).astype(int)
+        table = operation(rng, np.tile(np.arange(256.0), (1, 3, 1)), coarse).round().clip(0, 255)
+        return np.take_along_axis(table, coarse, 2).reshape(3, *picture.shape[:2]).transpose(1, 2, 0)
+
+    class Fixed:
+        """A generator whose every draw is the given value."""
+
+        def __init__(self, value):
+            self.value = value
+
+        def uniform(self, low, high, shape):
+            return np.full(shape, self.value)
+
+        def random(self, shape):
+            return np.zeros(shape)
+
+        def integers(self, low, high, shape):
+            return np.full(shape, self.value)
+
+    @pytest.mark.parametrize(
+        "operation, draw, plain",
+        [
+            (synthesis._invert, None, ImageOps.invert),
+            (synthesis._autocontrast, 0.0, ImageOps.autocontrast),
+            (synthesis._solarise, 77.5, lambda image: ImageOps.solarize(image, 77.5)),
+            (synthesis._posterise, 5, lambda image: ImageOps.posterize(image, 3)),
+            (synthesis._gamma, 1.7, lambda image: image.point([round(255 * (v / 255) ** 1.7) for v in range(256)] * 3)),
+        ],
+    )
+    def test_tables(self, picture, operation, draw, plain):
+        expected = np.asarray(plain(Image.fromarray(picture))).astype(int)
+        assert np.abs(self.through(operation, picture, self.Fixed(draw)) - expected).max() <= 1
+
+    def test_equalise(self):
+        """PIL counts in whole steps of a 255th of the pixels, so it takes many for the two to agree."""
+        rng = np.random.default_rng(2)
+        picture = (255 * rng.beta(2, 5, (400, 400, 3))).astype(np.uint8)
+        expected = np.asarray(ImageOps.equalize(Image.fromarray(picture))).astype(int)
+        assert np.abs(self.through(synthesis._equalise, picture) - expected).max() <= 1
+
+    def test_autocontrast_with_cutoff_clips_that_share_at_either_end(self, picture):
+        after = self.through(synthesis._autocontrast, picture, self.Fixed(0.1))
+        for channel in after.transpose(2, 0, 1):
+            assert 0.05 < (channel == 0).mean() < 0.15 and 0.05 < (channel == 255).mean() < 0.15
+
+    def test_brightness(self, picture):
+        after = self.through(synthesis._brightness, picture, self.Fixed(1.1))  # both draws: times 1.1 plus 1.1
+        np.testing.assert_allclose(after, (1.1 * picture + 1.1).round().clip(0, 255))
+
+    @pytest.mark.parametrize("hue, saturation", [(0, 0), (50, 0), (-50, 0), (0, 40), (30, -50)])
+    def test_hue_and_saturation(self, picture, hue, saturation):
+        hsv = np.asarray(Image.fromarray(picture).convert("HSV")).astype(int)
+        hsv[..., 0] = (hsv[..., 0] + hue) % 256
+        hsv[..., 1] = (hsv[..., 1] + saturation).clip(0, 255)
+        expected = np.asarray(Image.fromarray(hsv.astype(np.uint8), "HSV").convert("RGB")).astype(int)
+        levels = torch.from_numpy(picture.transpose(2, 0, 1).astype(np.float32))
+        shifts = (torch.full((24, 24), float(v)) for v in (hue, saturation))
+        got = synthesis.shift_hue(levels, *shifts).numpy().transpose(1, 2, 0)
+        assert np.abs(got - expected).mean() < 1 and np.abs(got - expected).max() < 8  # PIL rounds hues to 256 levels
+
+    def test_sharpness_and_rotation(self, picture, tmp_path):
+        """Beside PIL's, each alone and one after the other."""
+        big = Image.fromarray(picture).resize((64, 64), Image.Resampling.BICUBIC)
+        big.save(tmp_path / "t.png")
+        bank = texture_bank(str(tmp_path), (64, 64), CPU)
+        inner = np.asarray(big.filter(ImageFilter.SMOOTH))[1:-1, 1:-1].astype(int)
+        assert np.abs(bank.smooth[0].permute(1, 2, 0).numpy()[1:-1, 1:-1] - inner).max() <= 1
+        y, x = (v.flatten() for v in torch.meshgrid(torch.arange(64), torch.arange(64), indexing="ij"))
+        s = torch.zeros_like(y)
+        identity, found = torch.arange(256.0).expand(1, 3, 256).contiguous(), set()
+        for seed in range(400):
+            recolouring = synthesis.Recolouring(np.random.default_rng(seed), bank.coarse)
+            recolouring.numbers[3:], recolouring.table = 0, identity / 255  # take the operations on colours away
+            sin, cos, factor = recolouring.numbers[:3, 0].tolist()
+            kind = ("turned" if sin else "") + ("sharpened" if factor != 1 else "")
+            if kind in found:
+                continue
+            found.add(kind)
+            plain = ImageEnhance.Sharpness(big).enhance(factor)
+            plain = np.asarray(plain.rotate(np.degrees(np.arctan2(sin, cos)))).astype(int)
+            got = 255 * recolouring(bank, s, s, y, x).reshape(3, 64, 64).permute(1, 2, 0).numpy()
+            wrong = np.abs(got - plain)[2:-2, 2:-2].max(-1) > 2
+            assert wrong.mean() < (0.04 if sin else 1e-9), kind  # PIL leaves the outermost pixels as they are
+        assert found == {"", "turned", "sharpened", "turnedsharpened"}
+
+    def test_three_different_operations_are_drawn(self):
+        coarse = texture_bank("procedural", (32, 32), CPU).coarse
+        many = synthesis.Recolouring(np.random.default_rng(0), np.tile(coarse, (16, 1, 1)))
+        sin, _, sharpness, hue, _ = many.numbers
+        for share in ((sin != 0), (sharpness != 1), (hue != 0)):
+            assert abs(share.float().mean() - 0.3) < 0.04
+        shifted = ((sin != 0).int() + (sharpness != 1) + (hue != 0)).float()
+        assert shifted.max() == 3
+        all_three = shifted == 3
+        identity = torch.arange(256.0).expand(int(all_three.sum()), 3, 256)
+        torch.testing.assert_close(many.table[all_three] * 255, identity)  # so no fourth was
+
+
+class TestTextures:
+    def test_procedural_ones_are_many_and_the_same_each_time(self):
+        first = synthesis.procedural_textures(16, (48, 64), CPU)
+        assert first.shape == (16, 3, 48, 64) and first.dtype == torch.uint8
+        assert torch.equal(first, synthesis.procedural_textures(16, (48, 64), CPU))
+        assert len({t.numpy().tobytes() for t in first}) == 16
+        assert (first.flatten(2).float().std(2).mean(1) > 3).all()
+
+    def test_from_a_folder_laid_out_like_dtd(self, texture_folder):
+        bank = texture_bank(str(texture_folder), (64, 80), CPU)
+        assert bank.images.shape == (3, 3, 64, 80)
+        assert [int(t.float().mean((1, 2)).argmax()) for t in bank.images] == [0, 1, 2]
+
+    def test_files_are_read_once(self, texture_folder):
+        damage, images = Synthesis(probability=1, textures=str(texture_folder)), random_images()
+        damage(images, 0, 0)
+        shutil.rmtree(texture_folder)
+        assert damage(images, 0, 1)["label"].any()
+
+    def test_the_textures_fill_the_damage(self, texture_folder):
+        images = torch.full((24, 3, 64, 64), 0.5)
+        images = images + 0.001 * random_images(24)
+        out = Synthesis(probability=1, textures=str(texture_folder), beta_max=0)(images, 0, 0)
+        assert out["label"].sum() > 15
+        for after, mask in zip(out["image"], out["mask"][:, 0], strict=True):
+            colours = after[:, mask].T
+            assert len(torch.unique((colours * 50).round(), dim=0)) <= 12  # one colour, black where it was turned, JPEG
+
+    def test_of_too_many_an_evenly_spread_part_is_kept(self, texture_folder, monkeypatch):
+        monkeypatch.setattr(synthesis, "TEXTURE_BYTES", 2 * 6 * 32 * 32)
+        images = texture_bank(str(texture_folder), (32, 32), CPU).images
+        assert [int(t.float().mean((1, 2)).argmax()) for t in images] == [0, 1]
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(
+        "settings, message",
+        [
+            ({"kinds": ("perlin", "crak")}, "unknown kind of damage 'crak'. Did you mean 'crack'?"),
+            ({"kinds": ()}, "kinds of damage: none given. Choose from: perlin, crack"),
+            ({"mode": "locl"}, "unknown mode of damage 'locl'. Did you mean 'local'?"),
+            ({"probability": 1.5}, "probability=1.5 of the damage is out of range"),
+            ({"beta_max": -0.1}, "beta_max=-0.1 of the damage is out of range"),
+            ({"scales": (3, 9)}, r"scales=\(3, 9\) of the Perlin noise: give whole numbers from 0 to 8"),
+            ({"scales": ()}, "scales="),
+        ],
+    )
+    def test_settings(self, settings, message):
+        with pytest.raises(UserError, match=message) as caught:
+            Synthesis(**settings)
+        assert "\n" not in str(caught.value)
+
+    def test_missing_folder(self, tmp_path):
+        with pytest.raises(UserError, match="texture folder .*nowhere does not exist. Name a folder of images"):
+            Synthesis(probability=1, textures=str(tmp_path / "nowhere"))(random_images(), 0, 0)
+
+    def test_folder_without_images(self, tmp_path):
+        (tmp_path / "readme.txt").write_text("none here")
+        with pytest.raises(UserError, match="holds no images. Put some there, or use textures=procedural"):
+            Synthesis(probability=1, textures=str(tmp_path))(random_images(), 0, 0)
+
+    def test_broken_image(self, texture_folder):
+        broken = texture_folder / "images" / "kind-1" / "kind-1_0001.jpg"
+        broken.write_bytes(broken.read_bytes()[:200])
+        with pytest.raises(UserError, match="cannot read texture .*kind-1_0001.jpg: .*Replace or remove it") as caught:
+            Synthesis(probability=1, textures=str(texture_folder))(random_images(), 0, 0)
+        assert "\n" not in str(caught.value)
+
+
+class TestForeground:
+    def test_gear_on_its_table(self, gears):
+        mask = foreground_mask(gears)
+        assert mask.shape == (12, 1, 128, 128) and mask.dtype == torch.bool
+        assert ((mask.float().mean((1, 2, 3)) - 0.41).abs() < 0.03).all()
+        y, x = torch.meshgrid(torch.arange(128) - 63.5, torch.arange(128) - 63.5, indexing="ij")
+        radius = torch.hypot(y, x)
+        assert mask[:, 0, (radius > 16) & (radius < 18)].float().mean() > 0.98  # between the axle hole and the bores
+        assert not mask[:, 0, radius > 58].any()  # the table
+        assert not mask[:, 0, radius < 6].any()  # the axle hole
+
+    def test_polarity_does_not_matter(self, gears):
+        agree = (foreground_mask(gears) == foreground_mask(1 - gears)).float().mean()
+        assert agree > 0.99
+
+    def test_each_image_on_its_own(self, gears):
+        whole = foreground_mask(gears)
+        assert torch.equal(whole[3:5], foreground_mask(gears[3:5]))
+
+    def test_no_object_means_everywhere(self):
+        assert foreground_mask(torch.full((1, 3, 40, 60), 0.3)).all()
+        speck = torch.full((1, 3, 100, 100), 0.2)
+        speck[..., 50:58, 50:58] = 0.9  # less than 1 % of the image
+        assert foreground_mask(speck).all()
+
+    def test_specks_and_gaps_are_removed(self):
+        image = torch.full((1, 3, 100, 100), 0.2)
+        image[..., 20:70, 20:70] = 0.8
+        image[..., 40:42, 20:70] = 0.2  # a gap of 2 px
+        image[..., 85:92, 85:92] = 0.8  # a part of half a percent
+        mask = foreground_mask(image)[0, 0]
+        assert mask[22:68, 22:68].all() and not mask[80:].any()
