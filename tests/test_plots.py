@@ -151,6 +151,15 @@ def test_a_score_histogram_counts_every_image():
     plots.score_histogram(np.ones(4), np.array([0, 0, 1, 1]))
 
 
+def test_rows_of_pictures_are_drawn_column_by_column():
+    drawn = []
+    rows = {name: lambda axis, j, name=name: drawn.append((name, j)) for name in ("image", "map")}
+    fig = plots.picture_rows(rows, ["a", "b", "c"])
+    assert drawn == [(name, j) for name in rows for j in range(3)]
+    assert [axis.get_title() for axis in fig.axes[:3]] == ["a", "b", "c"]
+    assert [axis.get_ylabel() for axis in fig.axes] == ["image", "", "", "map", "", ""]
+
+
 def test_principal_components_show_like_patches_in_like_colours():
     rng = np.random.default_rng(0)
     centres = rng.normal(size=(4, 32))

@@ -59,6 +59,18 @@ def heatmap_grid(images, masks, maps, titles, limits=None, width=8.0):
     return fig
 
 
+def picture_rows(rows, titles, width=6.4):
+    """One row of pictures for each name, one column for each title: {name: draw(axis, j)}."""
+    fig, axes = _grid(len(rows), len(titles), width)
+    for i, (name, draw) in enumerate(rows.items()):
+        for j in range(len(titles)):
+            draw(axes[i, j], j)
+        axes[i, 0].set_ylabel(name, fontsize=8)
+    for axis, title in zip(axes[0], titles, strict=True):
+        axis.set_title(title, fontsize=8)
+    return fig
+
+
 def contact_sheet(images, masks, titles, columns=8, width=8.0):
     """A sheet of images (n,3,H,W) with the true defects outlined."""
     rows = -(-len(images) // columns)
