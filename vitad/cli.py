@@ -1,4 +1,4 @@
-"""The command line: `vitad run`, `vitad show`, `vitad data show`."""
+"""The command line: `vitad run`, `vitad show`, `vitad data show|download|verify`."""
 
 import argparse
 import sys
@@ -9,10 +9,10 @@ from vitad.methods import METHODS
 
 
 def main(argv=None):
-    """Entry point; returns the exit status: 0, or 2 after a user's mistake."""
+    """Entry point; returns the exit status: 0, 1 where data differ from what is published, 2 after a user's mistake."""
     args = _parser().parse_args(argv)
     try:
-        args.action(args)
+        return args.action(args) or 0
     except UserError as e:
         print(f"vitad: error: {e}", file=sys.stderr)
         return 2
@@ -21,7 +21,6 @@ def main(argv=None):
         return 130
     except BrokenPipeError:
         return 0
-    return 0
 
 
 def _run(args):
@@ -88,6 +87,20 @@ def _data_show(args):
     print(f"contact sheet: {args.out}")
 
 
+def _data_download(args):
+    from vitad.data.download import download
+
+    download(args.name, args.root, args.url, args.accept_licence)
+
+
+def _data_verify(args):
+    from vitad.data.verify import verify
+
+    report = verify(args.name, args.root)
+    print(report)
+    return int(bool(report.differences))
+
+
 def _parser():
     parser = argparse.ArgumentParser(prog="vitad", description="Visual anomaly detection with Vision Transformers.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -114,20 +127,38 @@ def _parser():
     show.add_argument("out", metavar="DIR")
     show.set_defaults(action=_show)
 
-    data = commands.add_parser("data", help="look at data sets").add_subparsers(required=True, metavar="COMMAND")
+    data = commands.add_parser("data", help="look at data sets, fetch and check published ones").add_subparsers(
+        required=True, metavar="COMMAND"
+    )
     sheet = data.add_parser("show", help="count the images and draw a contact sheet with the masks outlined")
     _data_options(sheet.add_argument, "name")
     sheet.add_argument("--image-size", type=int, default=192, help="side in px (default 192)")
     sheet.add_argument("--out", default="contact-sheet.png", metavar="FILE", help="default contact-sheet.png")
     sheet.set_defaults(action=_data_show)
+    fetch = data.add_parser("download", help="fetch a published data set and unpack it")
+    fetch.add_argument("name", metavar="NAME", help="mvtec, btad, visa, ksdd2 or dtd (textures); mt is cloned")
+    fetch.add_argument("--root", required=True, metavar="DIR", help="where it goes: the --data-root of later commands")
+    fetch.add_argument(
+        "--url", help="address of the archive instead of the published one, or file:// of one that is here"
+    )
+    fetch.add_argument(
+        "--accept-licence", action="store_true", help="you have read the licence, which is printed first"
+    )
+    fetch.set_defaults(action=_data_download)
+    verify = data.add_parser(
+        "verify", help="read every file, compare with the published counts; status 1 if they differ"
+    )
+    verify.add_argument("name", metavar="NAME", help="mvtec, btad, visa, ksdd2, mt, dtd, folder or toy")
+    verify.add_argument("--root", "--data-root", metavar="DIR", help="folder of the data set")
+    verify.set_defaults(action=_data_verify)
     return parser
 
 
 def _data_options(add, name):
     if name.startswith("-"):
-        add(name, default="toy", help="toy (default), mt or folder")
+        add(name, default="toy", help="toy (default), mt, mvtec, btad, visa, ksdd2 or folder")
     else:
-        add(name, metavar="NAME", help="toy, mt or folder")
+        add(name, metavar="NAME", help="toy, mt, mvtec, btad, visa, ksdd2 or folder")
     add("--category", help="one of the folders of the data set; toy: weave, grain or gear")
     add("--split", help="mt: grouped (default), differnet or mala100")
     add("--data-root", metavar="DIR", help="folder of the data set; for mt also the variable VITAD_MT_ROOT")

@@ -14,7 +14,7 @@ All 392 defective images are tested in every split.
 import hashlib
 import re
 
-from vitad.data.samples import Record
+from vitad.data.samples import Record, image_files
 from vitad.errors import UserError
 
 SPLITS = ("grouped", "differnet", "mala100")
@@ -22,6 +22,32 @@ KINDS = ("Blowhole", "Break", "Crack", "Fray", "Uneven")
 SAME_TILE = 120  # frames: a larger jump of the counter starts a new tile
 DIFFERNET_LIST = "differnet_train.txt"
 DEFAULT_SPLIT = SPLITS[0]
+# Counted at commit cc4eb53 of the repository.
+PUBLISHED = {
+    None: {
+        ("all", "good"): 952,
+        ("all", "Blowhole"): 115,
+        ("all", "Break"): 85,
+        ("all", "Crack"): 57,
+        ("all", "Fray"): 32,
+        ("all", "Uneven"): 103,
+    }
+}
+KNOWN = {"empty masks": 4, "good images whose mask marks something": 0, "duplicate images": 0}
+
+
+def scan(root, category=None):
+    """See `folder.scan`; the part is `all`, since no split is published."""
+    found = []
+    for kind in ("Free", *KINDS):
+        folder = root / f"MT_{kind}" / "Imgs"
+        files = image_files(folder) if folder.is_dir() else []
+        label, defect = (0, "good") if kind == "Free" else (1, kind)
+        masks = {m.stem: m for m in files if m.suffix.lower() == ".png"}
+        images = [p for p in files if p.suffix.lower() == ".jpg"]
+        found += [Record(p, label, defect, masks.pop(p.stem, None)) for p in images]
+        found += [Record(None, label, defect, m) for m in masks.values()]
+    return {"all": found}
 
 
 def records(root, split):
