@@ -119,6 +119,23 @@ def test_a_contrast_of_more_than_two_variants_and_of_few_seeds():
     assert (none["seeds"], none["verdict"]) == (0, "undecided")
 
 
+def test_contrasts_stand_beside_the_printed_ones():
+    runs_ = variants(base=[0.5, 0.6], full=[0.6, 0.7])
+    printed = {"base": {"image_auroc": 82.2, "pro": 79.6}, "full": {"image_auroc": 91.2, "pro": 92.3}}
+    found = tables.contrasts(runs_, {"full − base": {"full": 1, "base": -1}}, ("image_auroc", "pro"), printed)
+    assert found.loc[("full − base", "image AUROC"), ["difference", "printed"]].tolist() == [0.1, 0.09]
+    assert found.loc[("full − base", "PRO"), ["difference", "printed"]].tolist() == [0.0, 0.127]
+
+
+def test_an_ablation_runs_each_variant_with_each_seed(toy_root, tmp_path):
+    own = {"as it is": {}, "max": {"score": "max"}}
+    more = dict(overrides={"sigma": 2.0}, preset="smoke", data_root=toy_root)
+    found = runs.run_variants("patchknn", own, (3, 4), out=tmp_path, **more)
+    assert {n: [r["seed"] for r in records] for n, records in found.items()} == {"as it is": [3, 4], "max": [3, 4]}
+    assert found["max"][0]["overrides"] == {"sigma": 2.0, "score": "max"}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["as-it-is-3", "as-it-is-4", "max-3", "max-4"]
+
+
 def test_a_run_that_is_committed_is_found_and_any_other_is_made(toy_root, tmp_path):
     found = runs.find_or_run("patchknn", seed=1, out=tmp_path / "a")
     assert found["seed"] == 1 and found["preset"] == "demo" and not (tmp_path / "a").exists()

@@ -240,6 +240,27 @@ def find_or_run(method, seed=0, device="auto", out="runs/latest", **request):
     return run(method, seed=seed, device=device, out=out, **request)
 
 
+def run_variants(method, variants, seeds, device="auto", out="runs/latest", overrides=None, **request):
+    """An ablation: `{name: records of all seeds}` of the variants `{name: overrides}`, each by `find_or_run`.
+
+    `overrides` hold for all variants alike; the runs go to `out/<name>-<seed>`.
+    """
+    return {
+        name: [
+            find_or_run(
+                method,
+                seed,
+                device,
+                f"{out}/{name.replace(' ', '-')}-{seed}",
+                overrides={**(overrides or {}), **own},
+                **request,
+            )
+            for seed in seeds
+        ]
+        for name, own in variants.items()
+    }
+
+
 def read_maps(folder):
     """`maps.npz` of a run: dict of arrays `maps, masks, scores, labels, paths, defects`."""
     with np.load(Path(folder) / "maps.npz") as file:

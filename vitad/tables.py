@@ -84,6 +84,18 @@ def contrast(variants, weights, metric="image_auroc"):
     return {"difference": round(mean, 4), "plus_minus": round(half, 4), "seeds": n, "verdict": verdict}
 
 
+def contrasts(variants, weights, metrics=("image_auroc", "pixel_auroc", "pro"), printed=None):
+    """One line for each `contrast` of `weights = {name: {variant: weight}}` and metric, beside the printed one."""
+    lines = []
+    for name, weighting in weights.items():
+        for metric in metrics:
+            line = {"contrast": name, "figure": METRIC_NAMES[metric], **contrast(variants, weighting, metric)}
+            if printed:
+                line["printed"] = round(sum(w * printed[v][metric] for v, w in weighting.items()) / 100, 4)
+            lines.append(line)
+    return pd.DataFrame(lines).set_index(["contrast", "figure"])
+
+
 def expectation(method, seed=0, **request):
     """How a paper's chapter opens: the command, the figures to expect with their tolerance, the time, the hardware.
 
