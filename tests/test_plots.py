@@ -232,5 +232,7 @@ def test_a_slider_over_sliders_gives_two_directions():
 
 
 def test_bars_have_the_heights_that_they_are_given():
-    svg = bars([0.0, 0.5, 1.0], "weights")
+    svg = bars([0.0, 0.1, 0.2], "weights")
     assert re.findall(r"v-([\d.]+)h", svg) == ["0.0", "45.0", "90.0"] and 'aria-label="weights"' in svg
+    assert ">0.2</text>" in svg
+    assert re.findall(r"v-([\d.]+)h", bars([0.0, 0.0], "nothing")) == ["0.0", "0.0"]

@@ -38,13 +38,14 @@ def slider_over(frames, labels, description, start=0):
 
 
 def bars(heights, label):
-    """SVG of non-negative numbers as bars on a scale from 0 to 1, for the frames of a slider."""
-    step = 480 / len(heights)
-    path = "".join(f"M{10 + i * step:.1f} 100v-{90 * h:.1f}h{0.8 * step:.1f}V100z" for i, h in enumerate(heights))
+    """SVG of non-negative numbers as bars, for the frames of a slider; the axis names the largest."""
+    step, top = 450 / len(heights), max(heights) or 1
+    path = "".join(f"M{40 + i * step:.1f} 100v-{90 * h / top:.1f}h{0.8 * step:.1f}V100z" for i, h in enumerate(heights))
     return (
         f'<svg viewBox="0 0 500 112" style="width:100%;max-width:560px" role="img" aria-label="{label}">'
-        f'<path d="{path}" fill="#4477aa"/><path d="M10 100H490M10 10H490" stroke="currentColor" stroke-width="0.5"/>'
-        '<g font-size="9" fill="currentColor"><text x="0" y="103">0</text><text x="0" y="13">1</text></g></svg>'
+        f'<path d="{path}" fill="#4477aa"/><path d="M40 100H490" stroke="currentColor" stroke-width="0.5"/>'
+        f'<g font-size="10" fill="currentColor" text-anchor="end"><text x="36" y="103">0</text>'
+        f'<text x="36" y="15">{top:.2g}</text></g></svg>'
     )
 
 
