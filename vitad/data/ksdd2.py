@@ -14,7 +14,7 @@ from functools import cache
 import numpy as np
 from PIL import Image
 
-from vitad.data.samples import UNREADABLE, Record, image_files
+from vitad.data.samples import UNREADABLE, Record, image_files, one_channel
 from vitad.errors import UserError
 
 PUBLISHED = {
@@ -71,6 +71,6 @@ def _marked(mask, modified):
     """1 where any pixel is not zero, 0 where none is, None where the file cannot be read. Kept for the process."""
     try:
         with Image.open(mask) as image:
-            return int(np.asarray(image).any())
+            return int(np.asarray(one_channel(image)).any())
     except UNREADABLE:
         return None

@@ -78,8 +78,10 @@ class ImageSet(Dataset):
         return len(self.records)
 
     def __getitem__(self, i):
-        sample = {k: v[0] for k, v in self.batch([i]).items()}
-        return sample | {
+        batch = self.batch([i])
+        return {
+            "image": batch["image"][0],
+            "mask": batch["mask"][0],
             "label": int(self.labels[i]),
             "path": str(self.paths[i]),
             "defect": str(self.defects[i]),
@@ -165,8 +167,7 @@ class ImageSet(Dataset):
                         f"mask {record.mask} is {mask.size[0]}x{mask.size[1]} but its image "
                         f"{record.path.name} is {natural[0]}x{natural[1]}. Make them the same size."
                     )
-                small = mask.convert("L") if mask.mode not in ("L", "I;16", "I") else mask
-                small = small.resize(self.size[::-1], Image.Resampling.NEAREST)
+                small = one_channel(mask).resize(self.size[::-1], Image.Resampling.NEAREST)
                 return np.asarray(small) > self.mask_threshold
         except UNREADABLE as e:
             raise UserError(f"cannot read mask {record.mask}: {e}. Replace it, or remove it and its image.") from e
@@ -196,6 +197,11 @@ def _new_file(path, shape):
             f"cannot keep decoded images in {path.parent}: {e.strerror or e}. "
             "Make room there, or name another folder with the variable VITAD_CACHE."
         ) from e
+
+
+def one_channel(mask):
+    """The mask with one level a pixel, of 8 bits or more; what is not 0 is anomalous."""
+    return mask if mask.mode in ("L", "I;16", "I") else mask.convert("L")
 
 
 def check_image_size(size):

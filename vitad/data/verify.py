@@ -11,7 +11,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from vitad.data import LAYOUTS, dtd, folder, locate
-from vitad.data.samples import IMAGE_SUFFIXES, UNREADABLE
+from vitad.data.samples import IMAGE_SUFFIXES, UNREADABLE, one_channel
 from vitad.errors import UserError, unknown
 
 VERIFIABLE = LAYOUTS | {"dtd": dtd}
@@ -95,7 +95,11 @@ def verify(name, root=None):
             zip(paths, tqdm(pool.map(_look, paths), "read", len(paths), unit="file", leave=False), strict=True)
         )
 
-    with_masks = any(r.mask for r in records)
+    bare = []
+    for parts in found.values():
+        here = [r for part in parts.values() for r in part]
+        if VERIFIABLE[name].PUBLISHED or any(r.mask for r in here):  # a user's own images need no masks
+            bare += [r.path for r in here if r.path and r.label != 0 and r.mask is None]
     pairs = [r for r in records if r.path and r.mask and looks[r.path] and looks[r.mask]]
     copies = {}
     for r in records:
@@ -110,7 +114,7 @@ def verify(name, root=None):
     checks = {
         "unreadable files": names(p for p, look in looks.items() if look is None),
         "masks without an image": names(r.mask for r in records if r.path is None),
-        "images without a mask": names(r.path for r in records if with_masks and r.label != 0 and r.mask is None),
+        "images without a mask": names(bare),
         "masks of another size than the image": names(
             r.mask for r in pairs if looks[r.path].size != looks[r.mask].size
         ),
@@ -134,7 +138,10 @@ def _scan(name, root):
     if not root.is_dir():
         raise UserError(f"data folder {root} does not exist. Check --root.")
     categories = list(layout.PUBLISHED) or folder.categories(root) or [None]
-    return root, {category: layout.scan(root, category) for category in categories}
+    found = {category: layout.scan(root, category) for category in categories}
+    if not layout.PUBLISHED and not any(records for parts in found.values() for records in parts.values()):
+        raise UserError(f"{root} holds no images in train/good or test/<kind>, of itself or of its folders.")
+    return root, found
 
 
 @dataclass(frozen=True)
@@ -149,7 +156,7 @@ def _look(path):
     try:
         content = path.read_bytes()
         with Image.open(BytesIO(content)) as image:
-            return _Look(hashlib.sha256(content).digest(), image.size, bool(np.asarray(image).any()))
+            return _Look(hashlib.sha256(content).digest(), image.size, bool(np.asarray(one_channel(image)).any()))
     except UNREADABLE:
         return None
 

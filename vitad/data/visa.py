@@ -50,7 +50,7 @@ def scan(root, category):
             mask = root / row["mask"] if row["mask"] else None
             record = Record(root / row["image"], int(bad), "anomaly" if bad else "good", mask)
             found[row["split"]].append(record)
-    listed = {r.mask for r in found["test"]}
+    listed = {r.mask for part in found.values() for r in part}
     masks = root / category / "Data" / "Masks" / "Anomaly"
     lone = [m for m in (image_files(masks) if masks.is_dir() else []) if m not in listed]
     found["test"] += [Record(None, 1, "anomaly", m) for m in lone]
@@ -64,7 +64,7 @@ def records(root, category):
     if not root.is_dir():
         raise UserError(f"data folder {root} does not exist. Check --data-root.")
     train, test = scan(root, category).values()
-    if not train or not test:
+    if not train or not any(r.path for r in test):
         raise UserError(f"{root / SPLIT_FILE} lists no training or no test images of '{category}'. Take the original.")
     for r in (*train, *test):
         missing = next((p for p in (r.path, r.mask) if p and not p.is_file()), None)

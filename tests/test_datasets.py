@@ -1,0 +1,436 @@
+"""Published data sets, on small trees in their layouts: what is read, what is refused, what verifying finds."""
+
+import os
+import re
+import shutil
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+import trees
+from PIL import Image
+
+from vitad import data
+from vitad.cli import main
+from vitad.data import btad, dtd, ksdd2, mt, mvtec, verify, visa
+from vitad.errors import UserError
+from vitad.reported import table
+
+MODULES = {"mvtec": mvtec, "btad": btad, "visa": visa, "ksdd2": ksdd2, "dtd": dtd}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """{name: tree}, to be read only."""
+    roots = {name: tmp_path_factory.mktemp(name) for name in trees.WRITE}
+    for name, write in trees.WRITE.items():
+        write(roots[name])
+    return roots
+
+
+@pytest.fixture
+def own(whole, tmp_path):
+    """Give a copy of a tree, to be harmed."""
+    return lambda name: shutil.copytree(whole[name], tmp_path / name)
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """The trees are taken for the whole data sets when they are counted, not where categories are looked up."""
+    real = {name: module.PUBLISHED for name, module in MODULES.items()}
+    for name, module in MODULES.items():
+        monkeypatch.setattr(module, "PUBLISHED", trees.COUNTS[name])
+    return real
+
+
+def read(path):
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
+def kinds(images):
+    return Counter(images.defects.tolist())
+
+
+# --- what is published ------------------------------------------------------------------------------------
+
+
+def totals(published):
+    """Training images, good and defective test images of all categories."""
+    sums = Counter()
+    for counts in published.values():
+        for (part, kind), number in counts.items():
+            sums[part, kind == "good"] += number
+    return sums["train", True], sums["test", True], sums["test", False]
+
+
+def test_the_counts_add_up_to_the_published_totals(small):
+    assert totals(small["mvtec"]) == (3629, 467, 1258) and len(small["mvtec"]) == 15
+    assert sum(len(counts) - 2 for counts in small["mvtec"].values()) == 73  # kinds of defects
+    assert totals(small["btad"]) == (1799, 451, 290)
+    assert totals(small["visa"]) == (8659, 962, 1200) and len(small["visa"]) == 12
+    assert totals(small["ksdd2"]) == (2085, 894, 110) and small["ksdd2"]["ksdd2"]["train", "defect"] == 246
+    assert sum(small["dtd"][None].values()) == 47 * 120
+    assert sum(mt.PUBLISHED[None].values()) == 952 + 392
+
+
+def test_the_counts_of_mvtec_are_those_that_a_paper_prints(small):
+    printed = table("yang2024_table1_dataset_sizes").set_index("category").drop("total")
+    assert set(printed.index) == set(small["mvtec"])
+    for category, counts in small["mvtec"].items():
+        row = printed.loc[category]
+        assert totals({category: counts}) == (row["train_normal"], row["test_normal"], row["test_anomalous"])
+
+
+# --- names ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name, category, folder",
+    [
+        ("mvtec", "metal_nut", "metal_nut"),
+        ("mvtec", "Metal nut", "metal_nut"),
+        ("mvtec", "metal-nut", "metal_nut"),
+        ("visa", "PCB1", "pcb1"),
+        ("visa", "Pipe fryum", "pipe_fryum"),
+        ("visa", "Chewing gum", "chewinggum"),
+        ("visa", "Candles", "candle"),
+        ("visa", "Capsules", "capsules"),
+        ("visa", "Macaroni 1", "macaroni1"),
+        ("btad", "01", "01"),
+        ("btad", 3, "03"),
+        ("ksdd2", None, "ksdd2"),
+        ("ksdd2", "KSDD2", "ksdd2"),
+    ],
+)
+def test_categories_are_named_as_folders_or_as_in_papers(name, category, folder, small, monkeypatch):
+    monkeypatch.setattr(MODULES[name], "PUBLISHED", small[name])
+    assert data.part(name, category) == (folder, None)
+
+
+def test_unknown_names_are_refused(small, monkeypatch):
+    monkeypatch.setattr(mvtec, "PUBLISHED", small["mvtec"])
+    with pytest.raises(UserError, match="unknown category of mvtec 'capsules'. Did you mean 'capsule'"):
+        data.part("mvtec", "capsules")
+    with pytest.raises(UserError, match="'mvtec' has several categories: bottle, .*zipper. Choose one with --category"):
+        data.part("mvtec")
+    with pytest.raises(UserError, match="'visa' is split by split_csv/1cls.csv, but split '2cls' was given"):
+        data.part("visa", "candle", "2cls")
+    with pytest.raises(UserError, match="'ksdd2' is split by its folders"):
+        data.part("ksdd2", split="official")
+    with pytest.raises(UserError, match="'btad' needs its folder: give --data-root"):
+        data.find("btad", category="01")
+    with pytest.raises(UserError, match="unknown dataset 'dtd'"):  # textures: nothing to train on
+        data.load("dtd", ".")
+
+
+@pytest.mark.parametrize("name, category", [("mvtec", "grid"), ("btad", "01"), ("visa", "candle"), ("ksdd2", None)])
+def test_a_wrong_folder_is_refused(name, category, tmp_path):
+    with pytest.raises(UserError, match="nowhere.*(does not exist|holds no images)"):
+        data.load(name, tmp_path / "nowhere", category)
+    with pytest.raises(UserError, match=f"{re.escape(str(tmp_path))}.*Point --data-root to the folder"):
+        data.load(name, tmp_path, category)
+
+
+# --- what is read -----------------------------------------------------------------------------------------
+
+
+def test_mvtec(whole):
+    split = data.load("mvtec", whole["mvtec"], "Metal nut", image_size=16)
+    assert (split.name, split.category, split.split) == ("mvtec", "metal_nut", None)
+    assert split.train.paths.tolist() == [f"metal_nut/train/good/00{n}.png" for n in range(3)]
+    assert kinds(split.test) == {"good": 2, "bent": 2, "flip": 2}
+    assert np.array_equal(split.test.masks.any((1, 2)), split.test.labels == 1)
+
+
+def test_grey_images_come_in_three_channels(whole):
+    image = data.load("mvtec", whole["mvtec"], "grid", image_size=16).train[0]["image"]
+    assert image.shape == (3, 16, 16) and torch.equal(image[0], image[2]) and image.std() > 0.01
+
+
+def test_a_category_that_is_not_there(own):
+    root = own("btad")
+    with pytest.raises(UserError, match="unknown category of btad '04'"):
+        data.load("btad", root, "04")
+    shutil.rmtree(root / "03")
+    with pytest.raises(UserError, match=r"unknown category in .*btad: '03'.* Choose from: 01, 02"):
+        data.load("btad", root, "03")
+
+
+@pytest.mark.parametrize("product, suffix, marked", [("01", ".bmp", 3), ("02", ".png", 2), ("03", ".BMP", 3)])
+def test_btad(product, suffix, marked, whole):
+    """Masks are found whatever their suffix; a value of 1 counts; an empty mask leaves the label."""
+    split = data.load("btad", whole["btad"], product, image_size=(12, 16))
+    assert len(split.train) == 4 and kinds(split.test) == {"good": 2, "ko": 3}
+    assert split.test.paths.tolist()[:3] == [f"{product}/test/ko/{n}{suffix}" for n in ("0025", "0026", "0028")]
+    assert split.test.labels.tolist() == [1, 1, 1, 0, 0]
+    assert split.test.masks.any((1, 2)).sum() == marked
+    assert split.test[0]["image"].shape == (3, 12, 16)
+    assert data.describe(split).splitlines()[-1].split() == ["test", "ko", "3", str(marked)]
+
+
+def test_of_two_masks_with_one_stem_the_png_counts(own):
+    root = own("btad")
+    trees.mask(root / "01/ground_truth/ko/0025.bmp", 0, (16, 16))
+    _, test = data.find("btad", root, "01")[3:]
+    assert test[0].mask.name == "0025.png"
+
+
+def test_visa_is_split_by_its_file(whole):
+    split = data.load("visa", whole["visa"], "Pipe fryum", image_size=16)
+    normal = "pipe_fryum/Data/Images/Normal"
+    assert split.train.paths.tolist() == [f"{normal}/{n}.JPG" for n in ("0001", "0002", "0004")]
+    assert split.test.paths.tolist()[:2] == [f"{normal}/{n}.JPG" for n in ("0000", "0003")]
+    assert kinds(split.test) == {"good": 2, "anomaly": 3}
+    # The masks hold 1, 2 and 3; each counts in full.
+    areas = split.test.masks[split.test.labels == 1].sum((1, 2))
+    assert areas.min() == areas.max() > 0
+
+
+def test_visa_converted_gives_the_same(whole, tmp_path):
+    trees.visa_converted(whole["visa"], tmp_path)
+    assert not verify.verify("visa", tmp_path).differences
+    raw, converted = (data.load("visa", root, "candle", image_size=16) for root in (whole["visa"], tmp_path))
+    for part in ("train", "test"):
+        one, other = getattr(raw, part), getattr(converted, part)
+        order = {path.rpartition("/")[2]: i for i, path in enumerate(one.paths)}
+        same = [order[path.rpartition("/")[2]] for path in other.paths]
+        assert len(set(same)) == len(one) == len(other)
+        assert np.array_equal(one.labels[same], other.labels) and np.array_equal(one.defects[same], other.defects)
+        for name in ("image", "mask"):
+            assert torch.equal(one.batch(same)[name], other.batch(range(len(other)))[name])
+
+
+def test_a_split_file_that_does_not_fit_is_refused(own):
+    root = own("visa")
+    path = root / visa.SPLIT_FILE
+    text = path.read_text()
+
+    def refused(match, changed=None):
+        if changed is not None:
+            path.write_text(changed)
+        with pytest.raises(UserError, match=match):
+            data.load("visa", root, "candle", image_size=16)
+        path.write_text(text)
+
+    refused("1cls.csv, line 2: expected object, split", "image,label\na.JPG,0\n")
+    refused("1cls.csv, line 3: expected", text.replace("candle,train,normal", "candle,validation,normal", 1))
+    refused("1cls.csv, line 2: .*paths below", text.replace("candle/Data/Images", "../candle/Data/Images", 1))
+    refused("1cls.csv, line 2: .*paths below", text.replace("candle/Data/Images", "/candle/Data/Images", 1))
+    refused("lists no training or no test images of 'candle'", text.replace("candle,train", "candle,test"))
+    refused("trains on anomalous images", text.replace("candle,test,anomaly", "candle,train,anomaly", 1))
+    refused("names no mask for .*Anomaly/000.JPG", text.replace("candle/Data/Masks/Anomaly/000.png", ""))
+    trees.mask(root / "candle/Data/Masks/Anomaly/009.png")
+    refused("009.png belongs to no image")
+    (root / "candle/Data/Masks/Anomaly/009.png").unlink()
+    (root / "candle/Data/Images/Normal/0001.JPG").unlink()
+    refused("0001.JPG is listed in split_csv/1cls.csv and missing")
+    path.unlink()
+    with pytest.raises(UserError, match="1cls.csv is missing, which holds the split"):
+        data.load("visa", root, "candle")
+
+
+def test_ksdd2_trains_on_what_its_masks_call_good(whole):
+    """And knows the pairs by their five digits: `10301_GT (copy).png` is neither an image nor a mask."""
+    split = data.load("ksdd2", whole["ksdd2"], image_size=(64, 24))
+    assert (split.category, split.split) == ("ksdd2", None)
+    assert split.train.paths.tolist() == [f"train/{n}.png" for n in (10300, 10301, 10303, 10305)]
+    assert kinds(split.test) == {"good": 4, "defect": 2} and split.test.labels.tolist() == [0, 1, 0, 1, 0, 0]
+    assert np.array_equal(split.test.masks.any((1, 2)), split.test.labels == 1)
+    assert not split.train.masks.any()
+
+
+def test_ksdd2_without_a_readable_mask_is_refused(own):
+    root = own("ksdd2")
+    truth = root / "train" / "10303_GT.png"
+    truth.write_bytes(truth.read_bytes()[:40])
+    with pytest.raises(UserError, match="10303.png has no readable mask, which holds its label"):
+        data.load("ksdd2", root, image_size=16)
+    truth.unlink()
+    with pytest.raises(UserError, match="10303.png has no readable mask"):
+        data.load("ksdd2", root, image_size=16)
+    (root / "train" / "10303.png").unlink()
+    (root / "train" / "10304.png").unlink()
+    with pytest.raises(UserError, match="10304_GT.png has no image"):
+        data.load("ksdd2", root, image_size=16)
+
+
+def test_a_changed_mask_changes_the_label(own):
+    root = own("ksdd2")
+    assert len(data.find("ksdd2", root)[3]) == 4
+    trees.mask(root / "train" / "10303_GT.png", 1, (21, 61))
+    os.utime(root / "train" / "10303_GT.png", ns=(1, 1))
+    assert len(data.find("ksdd2", root)[3]) == 3
+
+
+@pytest.mark.parametrize("name, category", [("visa", "Candles"), ("ksdd2", None)])
+def test_a_run_on_it(name, category, whole, tmp_path):
+    where = ["--category", category] if category else []
+    command = ["run", "patchknn", "--dataset", name, *where, "--data-root", str(whole[name]), "--preset", "smoke"]
+    assert main([*command, "--out", str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out" / "record.json").exists()
+
+
+# --- verifying --------------------------------------------------------------------------------------------
+
+
+def row(output, *words):
+    """The cells that follow these words in a line of a table."""
+    (cells,) = [line.split()[len(words) :] for line in output.splitlines() if line.split()[: len(words)] == list(words)]
+    return cells
+
+
+@pytest.mark.parametrize("name", trees.WRITE)
+def test_a_whole_data_set_verifies(name, whole, capsys):
+    assert main(["data", "verify", name, "--root", str(whole[name])]) == 0
+    output = capsys.readouterr().out
+    number = str(sum(sum(counts.values()) for counts in trees.COUNTS[name].values()))
+    assert row(output, "total") == [number, number]
+    assert output.splitlines()[-1] == "as it should be" and "differs" not in output
+
+
+def test_the_table_goes_by_category_part_and_kind(whole, capsys):
+    main(["data", "verify", "btad", "--root", str(whole["btad"])])
+    output = capsys.readouterr().out
+    assert row(output, "02", "test", "ko") == ["3", "3"] and row(output, "03", "train", "good") == ["4", "4"]
+    # Nobody has published how many of its masks are empty: shown, compared with nothing.
+    assert row(output, "empty", "masks") == ["-", "1", "02/ground_truth/ko/0028.png"]
+
+
+def test_what_is_no_part_of_a_data_set_is_shown(whole):
+    expected, names = verify.verify("ksdd2", whole["ksdd2"]).checks["image files left out"]
+    assert (expected, names) == (None, ["train/10301 (copy).png", "train/10301_GT (copy).png"])
+
+
+def harm_count(root):
+    (root / "grid/train/good/001.png").unlink()
+    return "grid train good: 2 images, 3 published"
+
+
+def harm_kind(root):
+    trees.picture(root / "grid/test/dent/000.png")
+    trees.mask(root / "grid/ground_truth/dent/000_mask.png")
+    return "grid test dent: 1 images, none published"
+
+
+def harm_category(root):
+    shutil.rmtree(root / "metal_nut")
+    return "metal_nut test flip: 0 images, 2 published"
+
+
+def harm_image(root):
+    path = root / "grid/test/good/000.png"
+    path.write_bytes(path.read_bytes()[:100])
+    return "unreadable files: 1, expected 0"
+
+
+def harm_mask(root):
+    (root / "grid/ground_truth/glue/000_mask.png").write_text("")
+    return "unreadable files: 1, expected 0"
+
+
+def lose_mask(root):
+    (root / "grid/ground_truth/glue/000_mask.png").unlink()
+    return "images without a mask: 1, expected 0"
+
+
+def lose_image(root):
+    (root / "grid/test/glue/000.png").unlink()
+    return "masks without an image: 1, expected 0"
+
+
+def lose_masks(root):
+    shutil.rmtree(root / "grid/ground_truth")
+    return "images without a mask: 2, expected 0"
+
+
+def resize_mask(root):
+    trees.mask(root / "grid/ground_truth/glue/000_mask.png", size=(23, 16))
+    return "masks of another size than the image: 1, expected 0"
+
+
+def empty_mask(root):
+    trees.mask(root / "grid/ground_truth/glue/000_mask.png", 0)
+    return "empty masks: 1, expected 0"
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        harm_count,
+        harm_kind,
+        harm_category,
+        harm_image,
+        harm_mask,
+        lose_mask,
+        lose_masks,
+        lose_image,
+        resize_mask,
+        empty_mask,
+    ],
+)
+def test_what_differs_is_named_and_is_the_exit_status(harm, own, capsys):
+    root = own("mvtec")
+    difference = harm(root)
+    assert main(["data", "verify", "mvtec", "--root", str(root)]) == 1
+    assert difference in capsys.readouterr().out.splitlines()
+
+
+def test_files_that_are_the_trouble_are_named(own, capsys):
+    root = own("mvtec")
+    harm_image(root)
+    lose_mask(root)
+    main(["data", "verify", "mvtec", "--root", str(root)])
+    output = capsys.readouterr().out
+    assert row(output, "unreadable", "files") == ["0", "1", "grid/test/good/000.png"]
+    assert row(output, "images", "without", "a", "mask") == ["0", "1", "grid/test/glue/000.png"]
+
+
+def test_duplicates_are_found_across_names_and_categories(own):
+    root = own("mvtec")
+    shutil.copy(root / "grid/train/good/000.png", root / "metal_nut/test/good/001.png")
+    expected, names = verify.verify("mvtec", root).checks["duplicate images"]
+    assert (expected, names) == (None, ["grid/train/good/000.png = metal_nut/test/good/001.png"])
+
+
+def test_other_layouts_are_verified_too(own):
+    """Files that VisA's list names and that are gone; a mask of KolektorSDD2 that is gone, and its label with it."""
+    root = own("visa")
+    (root / "candle/Data/Images/Normal/0001.JPG").unlink()
+    report = verify.verify("visa", root)
+    assert "candle train good: 2 images, 3 published" in report.differences
+    assert report.checks["unreadable files"][1] == ["candle/Data/Images/Normal/0001.JPG"]
+    root = own("ksdd2")
+    (root / "test" / "20001_GT.png").unlink()
+    report = verify.verify("ksdd2", root)
+    assert report.checks["images without a mask"] == (0, ["test/20001.png"])
+    assert "ksdd2 test defect: 1 images, 2 published" in report.differences
+
+
+def test_a_users_own_images_are_verified_without_published_counts(toy_root, tmp_path, capsys):
+    command = ["data", "verify", "folder", "--root"]
+    assert main([*command, str(toy_root)]) == 0
+    output = capsys.readouterr().out
+    assert row(output, "gear", "train", "good") == ["-", "12"] and row(output, "weave", "test", "hole") == ["-", "2"]
+    assert row(output, "empty", "masks")[:2] == ["-", "1"]
+    root = shutil.copytree(toy_root / "gear", tmp_path / "own")
+    shutil.copy(root / "train/good/000.png", root / "test/good/000.png")
+    assert main([*command, str(root)]) == 1
+    assert "duplicate images: 1, expected 0" in capsys.readouterr().out
+    shutil.rmtree(root / "ground_truth")
+    (root / "test/good/000.png").unlink()
+    assert main([*command, str(root)]) == 0  # masks are optional here
+    (tmp_path / "empty").mkdir()
+    assert main([*command, str(tmp_path / "empty")]) == 2
+    assert "empty holds no images in train/good or test/<kind>" in capsys.readouterr().err
+    assert main([*command, str(tmp_path / "nowhere")]) == 2
+    assert "nowhere does not exist. Check --root" in capsys.readouterr().err
+
+
+@pytest.mark.skipif("VITAD_MT_ROOT" not in os.environ, reason="needs the real data set: VITAD_MT_ROOT is not set")
+def test_the_real_magnetic_tiles_verify(capsys):
+    assert main(["data", "verify", "mt"]) == 0
+    output = capsys.readouterr().out
+    assert row(output, "total") == ["1344", "1344"]
+    assert row(output, "empty", "masks")[:2] == ["4", "4"] and row(output, "duplicate", "images") == ["0", "0"]
