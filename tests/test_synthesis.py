@@ -12,7 +12,7 @@ from scipy.stats import ks_2samp
 
 from vitad import data
 from vitad.data import synthesis
-from vitad.data.synthesis import KINDS, Synthesis, foreground_mask, perlin_noise, texture_bank, turned
+from vitad.data.synthesis import KINDS, Synthesis, foreground_mask, perlin_noise, pixels_above, texture_bank, turned
 from vitad.errors import UserError
 
 CPU = torch.device("cpu")
@@ -198,9 +198,8 @@ class TestPerlin:
         assert tiny.shape == (1, 8, 8) and tiny.isfinite().all()
 
     def test_turning_moves_pixels_one_to_one_to_where_they_belong(self):
-        where = torch.ones(5, 50, 80, dtype=torch.bool)
         angles = np.array([-1.5, -0.4, 0, 0.4, 1.5])
-        pixels = synthesis._pixels(where)
+        pixels = pixels_above(torch.ones(5, 50, 80), 0)
         s, y, x = turned(pixels, angles, (50, 80))
         assert len(torch.unique((s * 50 + y) * 80 + x)) == len(s)
         assert (s == 2).sum() == 50 * 80
