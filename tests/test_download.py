@@ -370,7 +370,7 @@ def zip_with(name, mode=stat.S_IFREG, content=b"x"):
 
 
 ELSEWHERE = [
-    "/tmp/vitad-evil",
+    "/evil",
     "../evil",
     "01/../../evil",
     "..\\evil",
