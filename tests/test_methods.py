@@ -13,7 +13,7 @@ from vitad import data, runs
 from vitad.backbones import intermediate, normalise, timm
 from vitad.blocks import top_mean
 from vitad.errors import UserError
-from vitad.methods import anovit, l2cae, patchknn, ssltok, vitmem
+from vitad.methods import anovit, l2cae, mala, patchknn, ssltok, vitmem
 from vitad.settings import resolve
 
 CPU = torch.device("cpu")
@@ -170,6 +170,36 @@ def rate(share):
     return lambda model, gears: round(model.phases()[0].schedule(share), 4)
 
 
+def stage(name, field):
+    return lambda model, gears: next(getattr(phase, field) for phase in model.phases() if phase.name == name)
+
+
+def stages(model, gears):
+    return [phase.name for phase in model.phases()]
+
+
+def images_of_stages(model, gears):
+    model.prepare(gears.train, CPU)
+    return [len(phase.images) for phase in model.phases()]
+
+
+def stage_losses(number):
+    """The losses of a stage of mala, the same random numbers each time."""
+
+    def look(model, gears):
+        torch.manual_seed(1)
+        with torch.no_grad():
+            losses = getattr(model, f"stage{number}_losses")(gears.train.batch(range(6)))
+        return {name: loss.item() for name, loss in losses.items()}
+
+    return look
+
+
+def times(**factors):
+    """(seen, before) -> whether the losses are that many times as large."""
+    return lambda seen, before: seen == {k: pytest.approx(factors.get(k, 1) * v, rel=1e-4) for k, v in before.items()}
+
+
 def epochs_after_prepare(model, gears):
     model.prepare(gears.train, CPU)
     return model.phases()[0].epochs
@@ -234,6 +264,40 @@ SWITCHES = {
         "sigma": (2.0, sharpness, lambda seen, before: seen < before),
         "image_top": (0.5, peak, round(1 / 2048, 4)),
     },
+    mala: {
+        "encoder": ("vit_tiny_patch16_224", lambda m, _: m.encoder.embed_dim, 192),
+        "pretrained": (True, lambda m, _: m.weights["source"], "file given.safetensors, decoder random"),
+        "image_size": (96, lambda m, _: (m.grid, m.decoder.pos_embed.shape[1]), ((6, 6), 1 + 36)),
+        "decoder_width": (64, lambda m, _: (m.decoder.embed.out_features, m.tbm.lp2.in_features), (64, 128)),
+        "decoder_depth": (3, lambda m, _: len(m.decoder.blocks), 3),
+        "decoder_heads": (4, lambda m, _: m.decoder.blocks[0].attn.num_heads, 4),
+        "pipeline": ("recon", stages, ["stage1"]),
+        "stage1": (False, stages, ["stage2"]),
+        "stage1_images": (5, images_of_stages, [5, 12]),
+        "stage1_epochs": (3, stage("stage1", "epochs"), 3),
+        "stage1_batch_size": (32, lambda m, g: [stage("stage1", f)(m, g) for f in ("batch_size", "lr")], [32, 1e-3]),
+        "stage1_lr": (0.5, stage("stage1", "lr"), 0.5 * 16 / 256),
+        "warm_up": (0.5, lambda m, g: stage("stage1", "schedule")(m, g)(0.25), 0.5),
+        "mask_ratio": (0.5, lambda m, _: m.random_visible(2, CPU).shape, (2, 8)),
+        "mask_fill": ("mask_token", lambda m, _: hasattr(m.decoder, "mask_token"), True),
+        "plpm": ("joint", lambda m, g: set(stage_losses(1)(m, g)), {"l1", "ssim", "plpm"}),
+        "plpm_channels": ((2, 4), lambda m, _: [c.out_channels for c in layers(m.plpm, nn.Conv2d)], [2, 4]),
+        "alpha": ((2.0, 3.0, 0.04), stage_losses(1), times(l1=2, ssim=3, fool=4)),
+        "tbm": (False, lambda m, _: isinstance(m.tbm, nn.Linear), True),
+        "stage2_images": (5, images_of_stages, [12, 5]),
+        "epochs": (3, stage("stage2", "epochs"), 3),
+        "batch_size": (3, stage("stage2", "batch_size"), 3),
+        "lr": (0.5, stage("stage2", "lr"), 0.5),
+        "damage": (0.3, lambda m, _: m.synthesis.probability, 0.3),
+        "mode": ("local", lambda m, _: m.synthesis.mode, "local"),
+        "textures": ("a folder", lambda m, _: m.synthesis.textures, "a folder"),
+        "beta": ((1.2, 2.0), stage_losses(2), times(l1=2, focal=5)),
+        "gamma": (2.0, stage_losses(2), lambda seen, before: seen["focal"] > 1.5 * before["focal"]),
+        "betas": ((0.1, 0.2), lambda m, _: {phase.betas for phase in m.phases()}, {(0.1, 0.2)}),
+        "weight_decay": (0.5, lambda m, _: {phase.weight_decay for phase in m.phases()}, {0.5}),
+        "recon_passes": ("unmasked", sharpness, lambda seen, before: seen != before),
+        "window": (3, peak, round(1 / 9, 4)),
+    },
     ssltok: {
         "tokenizer": ("vit_tiny_patch16_224", lambda m, _: m.tokenizer.embed_dim, 192),
         "pretrained": (True, lambda m, _: m.weights["source"], "file given.safetensors"),
@@ -293,7 +357,8 @@ SWITCHES = {
 @pytest.mark.parametrize("method, name", [(m, f.name) for m in SWITCHES for f in fields(m.Settings) if f.name != "amp"])
 def test_every_switch_changes_what_it_names(method, name, gears, weights):
     value, look, expected = SWITCHES[method][name]
-    more = {"sampling": {"bank_size": 30}, "top": {"score": "top"}}.get(name, {})
+    needs = {"sampling": {"bank_size": 30}, "top": {"score": "top"}, "recon_passes": {"pipeline": "recon"}}
+    more = needs.get(name, {})
     assert getattr(make(method, weights, **more).settings, name) != value
     before = look(make(method, weights, **more), gears)
     seen = look(make(method, weights, **more, **{name: value}), gears)

@@ -38,6 +38,8 @@ class Phase:
     schedule: Callable[[float], float] | None = field(default=None, repr=False)  # share done, 0 to 1 -> factor on lr
     val_fraction: float = 0.0  # share of the normal training images that is held out
     patience: int | None = None  # epochs without a better validation loss before stopping; needs val_fraction
+    losses: Callable[[dict], dict] | None = field(default=None, repr=False)  # of this phase; None: `model.losses`
+    images: np.ndarray | None = field(default=None, repr=False)  # numbers of those it is trained on; None: all
 
 
 def warm_up_then_cosine(warm_up):
@@ -93,7 +95,8 @@ def train(model, images, seed, device, amp=True, state_path=None):
     for number in range(at["phase"], len(phases)):
         phase = phases[number]
         optimizer = phase.optimizer(phase.parameters, lr=phase.lr, betas=phase.betas, weight_decay=phase.weight_decay)
-        val, fit = _hold_out(len(images), phase, [seed, number])
+        val, fit = _hold_out(len(images) if phase.images is None else phase.images, phase, [seed, number])
+        losses_of = phase.losses or model.losses
         steps = math.ceil(len(fit) / phase.batch_size)
         if saved:
             at["losses"] = [x.to(device) for x in at["losses"]]
@@ -111,7 +114,7 @@ def train(model, images, seed, device, amp=True, state_path=None):
                 while at["step"] < steps:
                     chosen = order[at["step"] * phase.batch_size :][: phase.batch_size]
                     with autocast(device, amp):
-                        losses = model.losses(images.batch(chosen, device))
+                        losses = losses_of(images.batch(chosen, device))
                     optimizer.zero_grad(set_to_none=True)
                     sum(losses.values()).backward()
                     if phase.clip:
@@ -131,7 +134,7 @@ def train(model, images, seed, device, amp=True, state_path=None):
                 means = dict(zip(losses, torch.stack(at["losses"]).mean(0).tolist(), strict=True))
                 row = {"phase": phase.name, "epoch": at["epoch"] + 1, **means}
                 if len(val):
-                    row["val"] = _validate(model, images, val, phase, device, amp)
+                    row["val"] = _validate(model, losses_of, images, val, phase, device, amp)
                     if not math.isfinite(row["val"]):
                         raise _diverged("validation loss", at, phase, model)
                     if at["best"] is None or row["val"] < at["best"]["val"]:
@@ -179,9 +182,10 @@ class _Saver:
         self.took = self.last - began
 
 
-def _hold_out(n, phase, seed):
-    """Indices (validation, training): a fixed random part of the normal training images is held out."""
-    order = np.random.default_rng(seed).permutation(n)
+def _hold_out(images, phase, seed):
+    """Indices (validation, training): a fixed random part of the images, numbers or how many, is held out."""
+    order = np.random.default_rng(seed).permutation(images)
+    n = len(order)
     n_val = math.ceil(phase.val_fraction * n)
     if n_val == n:
         raise UserError(f"val_fraction={phase.val_fraction} leaves none of {n} images for training. Make it smaller.")
@@ -207,14 +211,14 @@ def _diverged(what, at, phase, model, step=""):
 
 
 @torch.no_grad()
-def _validate(model, images, val, phase, device, amp):
+def _validate(model, losses_of, images, val, phase, device, amp):
     """Mean total loss over the held-out images."""
     model.eval()
     total = 0.0
     for i in range(0, len(val), phase.batch_size):
         batch = images.batch(val[i : i + phase.batch_size], device)
         with autocast(device, amp):
-            total = total + sum(model.losses(batch).values()).float() * len(batch["image"])
+            total = total + sum(losses_of(batch).values()).float() * len(batch["image"])
     return float(total) / len(val)
 
 

@@ -1,0 +1,486 @@
+"""MALA: a masked autoencoder learns what is normal; frozen, it then serves a decoder that paints the defect's mask.
+
+Chen et al. 2023, "A Novel MAE-Based Self-Supervised Anomaly Detection and Localization Method", IEEE Access 11,
+DOI 10.1109/ACCESS.2023.3332475.
+
+    stage 1   image, a quarter of its patches -> encoder -> decoder -> image;  PLPM tells images from rebuilt ones
+    stage 2   damaged image -> encoder, frozen -> decoder, and TBM over first, last and decoded tokens -> mask
+
+Equation and section numbers are the paper's. "Ours" marks what it leaves open, and what it misprints.
+"""
+
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+from textwrap import shorten
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import nn
+from torch.func import functional_call
+from torch.nn import functional as F
+
+from vitad.backbones import IMAGENET_MEAN, IMAGENET_STD, normalise, timm, vit
+from vitad.blocks import ssim_map
+from vitad.data.synthesis import Synthesis, foreground_mask
+from vitad.errors import UserError
+from vitad.files import read_safetensors, sha256
+from vitad.training import Phase, warm_up_then_cosine
+
+PAPER = "Chen et al. 2023, MALA, IEEE Access 11"
+
+
+@dataclass(frozen=True)
+class Settings:
+    encoder: str = "vit_large_patch16_224.mae"  # sec. IV-C: 24 blocks, width 1024, a grid of 14 x 14, from MAE
+    pretrained: bool = True  # sec. IV-C: ImageNet-1k, encoder and decoder
+    image_size: int = 224  # sec. IV-C
+    decoder_width: int = 512  # sec. IV-C
+    decoder_depth: int = 8  # sec. IV-C
+    decoder_heads: int = 16  # MAE's code
+    pipeline: Literal["e2e", "recon"] = "e2e"  # sec. IV-E; recon: the map is the error of the reconstruction
+    # stage 1
+    stage1: bool = True  # sec. IV-E; off: weights as they come
+    stage1_images: int = 200  # sec. IV-C, of each category; 0 takes all
+    stage1_epochs: int = 2000  # sec. IV-C
+    stage1_batch_size: int = 128  # sec. IV-C
+    stage1_lr: float = 1e-3  # sec. IV-C: for 256 images, scaled with the size of the batch
+    warm_up: float = 0.02  # ours: share of the steps; MAE's 40 epochs, then its cosine
+    mask_ratio: float = 0.75  # sec. III-A
+    mask_fill: Literal["zeros", "mask_token"] = "zeros"  # sec. III-A; MAE's is a learned token
+    plpm: Literal["adversarial", "joint", "off"] = "adversarial"  # ours: sec. III-A has "generative-adversarial", Eq. 3
+    plpm_channels: tuple[int, ...] = (64, 128, 256, 512)  # ours: "convolutional layers"
+    alpha: tuple[float, ...] = (1.0, 1.0, 0.01)  # ours: Eq. 3, L1, SSIM and CE
+    # stage 2
+    tbm: bool = True  # sec. IV-E; off: a linear layer over the decoder's tokens
+    stage2_images: int = 80  # sec. IV-C, of each category; 0 takes all
+    epochs: int = 700  # sec. IV-C
+    batch_size: int = 32  # sec. IV-C
+    lr: float = 1e-4  # ours: sec. IV-C has a fixed one
+    damage: float = 0.8  # sec. IV-C: 64 of 80
+    mode: Literal["global", "local", "both"] = "both"  # sec. III-B; ours: an even chance
+    textures: str = "procedural"  # sec. IV-C: DTD, whose folder can be given here
+    beta: tuple[float, ...] = (0.6, 0.4)  # ours: Eq. 6, L1 and focal; MemSeg's code
+    gamma: float = 4.0  # ours: of the focal loss; MemSeg's code
+    # both stages
+    betas: tuple[float, ...] = (0.9, 0.95)  # sec. IV-C, AdamW; ours: also in stage 2
+    weight_decay: float = 0.05  # sec. IV-C
+    # score
+    recon_passes: Literal["complementary", "unmasked"] = "complementary"  # ours: with pipeline=recon
+    window: int = 21  # ours: the k of Eq. 7, px; DRAEM's code
+    amp: bool = True
+
+
+PRESETS = {
+    "paper": {},
+    # For two cores: a tiny encoder without pre-training, a third of the pixels, a thinner and shallower decoder and
+    # PLPM, a fraction of the epochs but over all images of the one data set, whose tiles fill the picture (global).
+    "small": {
+        "encoder": "vit_tiny_patch16_224",
+        "pretrained": False,
+        "image_size": 128,
+        "decoder_width": 192,
+        "decoder_depth": 4,
+        "decoder_heads": 6,
+        "stage1_images": 0,
+        "stage1_epochs": 80,
+        "stage1_batch_size": 32,
+        "stage1_lr": 4e-3,
+        "warm_up": 0.1,
+        "plpm_channels": (16, 32, 64, 128),
+        "stage2_images": 0,
+        "epochs": 30,
+        "batch_size": 16,
+        "lr": 5e-4,
+        "mode": "global",
+        "window": 11,
+    },
+    "demo": {
+        "encoder": "vit_tiny_patch16_224",
+        "pretrained": False,
+        "image_size": 96,
+        "decoder_width": 128,
+        "decoder_depth": 2,
+        "decoder_heads": 4,
+        "stage1_epochs": 30,
+        "stage1_batch_size": 16,
+        "stage1_lr": 8e-3,
+        "warm_up": 0.1,
+        "plpm_channels": (8, 16, 32, 64),
+        "epochs": 60,
+        "batch_size": 16,
+        "lr": 1e-3,
+        "window": 9,
+    },
+    "smoke": {
+        "encoder": "test_vit",
+        "pretrained": False,
+        "image_size": 64,
+        "decoder_width": 32,
+        "decoder_depth": 1,
+        "decoder_heads": 2,
+        "stage1_epochs": 2,
+        "stage1_batch_size": 16,
+        "stage1_lr": 8e-3,
+        "plpm_channels": (4, 8, 8, 8),
+        "epochs": 2,
+        "batch_size": 16,
+        "lr": 1e-3,
+        "window": 5,
+        "amp": False,
+    },
+}
+
+# Sec. IV-E: what each part is worth.
+VARIANTS = {
+    "full": {},
+    "recon": {"pipeline": "recon"},
+    "no_stage1": {"stage1": False},
+    "no_plpm": {"plpm": "off"},
+    "no_tbm": {"tbm": False},
+}
+
+
+class Model(nn.Module):
+    """The parts, stage 1, stage 2 and the score, in that order.
+
+    Args:
+        settings: `Settings`.
+        weights: `auto` (encoder as in `backbones.vit`, decoder random), `random`, or a file under MAE's names, see
+            `load_mae`; not used where `pretrained` is off.
+    """
+
+    def __init__(self, settings, weights="auto"):
+        super().__init__()
+        self.settings = s = settings
+        _check(s)
+        source = str(weights) if s.pretrained else "random"
+        self.encoder, self.weights = vit(s.encoder, s.image_size, source if source == "auto" else "random")
+        (P, _), self.grid = self.encoder.patch_embed.patch_size, self.encoder.patch_embed.grid_size
+        D_e, D_d = self.encoder.embed_dim, s.decoder_width
+        positions = sincos(self.grid, D_e)
+        if self.encoder.pos_embed.shape != positions.shape:
+            raise UserError(f"encoder={s.encoder} has more or fewer than one token beside its patches.")
+        if source == "auto":
+            self.weights = self.weights | {"source": f"{self.weights['source']}, decoder random"}
+        else:
+            self.encoder.pos_embed.data = positions
+        self.encoder.requires_grad_(s.stage1)
+        self.encoder.pos_embed.requires_grad_(False)
+        self.decoder = Decoder(self.grid, D_e, D_d, s.decoder_depth, s.decoder_heads, 3 * P * P, s.mask_fill)
+        self.plpm = plpm(s.plpm_channels) if s.stage1 and s.plpm != "off" else None
+        self.tbm = None
+        if s.pipeline == "e2e":
+            self.tbm = TokenBalance(D_e, D_d, 2 * P * P) if s.tbm else nn.Linear(D_d, 2 * P * P)
+        if source not in ("auto", "random"):
+            self.weights = load_mae(self, source)
+        self.synthesis = Synthesis(("perlin",), s.damage, s.mode, s.textures)
+        self.chosen = {1: None, 2: None}  # which images each stage is trained on, from prepare()
+        self.foreground = None
+        self.protocol = {
+            "normalisation": "imagenet",
+            "smoothing": "none",
+            "image_score": f"maximum of the map's mean over {s.window} x {s.window} px",
+            "checkpoint": "last epoch",
+        }
+
+    def tokens(self, images, visible=None):
+        """Images (B,3,S,S) in [0,1] -> outputs of the first block and of the last, normed: (B,N,D_e) both.
+
+        With `visible` (B,n), numbers of patches, only these are computed, and come in that order: (B,n,D_e).
+        """
+        e = self.encoder
+        z = e.patch_embed(normalise(images)).flatten(1, -2) + e.pos_embed[:, 1:]  # some keep the grid
+        if visible is not None:
+            z = z.gather(1, visible[..., None].expand(-1, -1, z.shape[2]))
+        z_cls = (e.cls_token + e.pos_embed[:, :1]).expand(len(z), -1, -1)
+        first = e.blocks[0](e.norm_pre(torch.cat([z_cls, z], 1)))
+        last = e.norm(e.blocks[1:](first))  # Eq. 1
+        return first[:, 1:], last[:, 1:]  # the class token is discarded
+
+    # --- stage 1: perceive normal patterns ---
+
+    def random_visible(self, B, device):
+        """(B,n): numbers of the patches that stay visible, drawn for each image."""
+        N = self.grid[0] * self.grid[1]
+        return torch.rand(B, N, device=device).argsort(1)[:, : n_visible(N, self.settings.mask_ratio)]
+
+    def reconstruct(self, images, visible=None):
+        """X (B,3,S,S) in [0,1] -> X_bar (B,3,S,S), rebuilt from the visible patches or from all."""
+        _, last = self.tokens(images, visible)
+        X_bar = unpatchify(self.decoder.pred(self.decoder(last, visible)).float(), self.grid, 3)  # Eq. 2
+        mean, std = (X_bar.new_tensor(v)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD))
+        return X_bar * std + mean
+
+    def stage1_losses(self, batch):
+        """Eq. 3 with its misprints mended. Each is weighted, and gives every parameter the gradient of its own aim."""
+        X = batch["image"]
+        X_bar = self.reconstruct(X, self.random_visible(len(X), X.device))
+        a1, a2, a3 = self.settings.alpha
+        losses = {"l1": a1 * (X - X_bar).abs().mean(), "ssim": a2 * (1 - ssim_map(X, X_bar, 1.0)).mean()}
+        if self.settings.plpm == "joint":  # both minimise it
+            losses["plpm"] = a3 * self.label_loss(X, X_bar)
+        elif self.settings.plpm == "adversarial":
+            losses["plpm"] = self.label_loss(X, X_bar.detach())  # for PLPM alone
+            fixed = {name: p.detach() for name, p in self.plpm.named_parameters()}
+            lb_p = functional_call(self.plpm, fixed, (normalise(X_bar),)).float()
+            losses["fool"] = a3 * F.softplus(lb_p).mean()  # -log[1 - sigma(lb_p)], for encoder and decoder alone
+        return losses
+
+    def label_loss(self, X, X_bar):
+        """L_CE of Eq. 3: originals are labelled 0, rebuilt images 1."""
+        lb_o, lb_p = (self.plpm(normalise(images)).float() for images in (X, X_bar))
+        return (F.softplus(lb_o).mean() + F.softplus(-lb_p).mean()) / 2  # -log[1 - sigma(lb_o)], -log sigma(lb_p)
+
+    # --- stage 2: predict artificial anomaly maps ---
+
+    def predict(self, images):
+        """(B,3,S,S) -> logits of Y_hat (B,2,S,S): anomalous, channel 0, and normal. No graph through the encoder."""
+        with torch.no_grad():
+            first, last = self.tokens(images)
+        D_last = self.decoder(last)  # Eq. 4
+        Y_hat = self.tbm(first, last, D_last) if self.settings.tbm else self.tbm(D_last)
+        return unpatchify(Y_hat.float(), self.grid, 2)
+
+    def stage2_losses(self, batch):
+        """Eq. 6."""
+        self.encoder.eval()
+        damaged = self.damaged(batch)
+        Y, logits = damaged["mask"][:, 0], self.predict(damaged["image"])
+        b1, b2 = self.settings.beta
+        l1 = (Y.float() - logits.softmax(1)[:, 0]).abs().mean()
+        return {"l1": b1 * l1, "focal": b2 * focal(logits, Y, self.settings.gamma)}
+
+    def damaged(self, batch):
+        """The images of a batch, of which some are damaged, and their masks, as `Synthesis` gives them."""
+        images, foreground = batch["image"], None
+        if self.training and self.foreground is not None:
+            row = np.searchsorted(self.chosen[2], batch["index"].numpy())
+            foreground = self.foreground[row].to(images.device, non_blocking=True)
+        return self.synthesis(images, *torch.randint(2**31, (2,)).tolist(), foreground)  # torch's state is saved
+
+    # --- training ---
+
+    @torch.no_grad()
+    def prepare(self, images, device):
+        """Draw the images of both stages, as many of each category; find the foreground of those to be damaged."""
+        s = self.settings
+        categories = np.zeros(len(images))  # so far a data set has one
+        self.chosen = {1: draw(categories, s.stage1_images), 2: draw(categories, s.stage2_images)}
+        if s.pipeline == "e2e" and s.mode != "global":
+            self.foreground = torch.cat([foreground_mask(images.batch([i])["image"]) for i in self.chosen[2]])
+
+    def losses(self, batch):
+        """Those of the last stage; training asks each for its own."""
+        return self.phases()[-1].losses(batch)
+
+    def phases(self):
+        s = self.settings
+        adamw = dict(optimizer=torch.optim.AdamW, betas=s.betas, weight_decay=s.weight_decay)
+        stage1 = Phase(
+            "stage1",
+            [
+                p
+                for part in (self.encoder, self.decoder, self.plpm)
+                if part
+                for p in part.parameters()
+                if p.requires_grad
+            ],
+            s.stage1_epochs,
+            s.stage1_batch_size,
+            s.stage1_lr * s.stage1_batch_size / 256,
+            schedule=warm_up_then_cosine(s.warm_up),
+            losses=self.stage1_losses,
+            images=self.chosen[1],
+            **adamw,
+        )
+        if s.pipeline == "recon":
+            return [stage1] if s.stage1 else []
+        stage2 = Phase(
+            "stage2",
+            [*self.decoder.parameters(), *self.tbm.parameters()],
+            s.epochs,
+            s.batch_size,
+            s.lr,
+            losses=self.stage2_losses,
+            images=self.chosen[2],
+            **adamw,
+        )
+        return [stage1, stage2] if s.stage1 else [stage2]
+
+    # --- score ---
+
+    def anomaly_map(self, images):
+        """(B,3,S,S) -> (B,S,S): Y_hat[0], or |X - X_bar|."""
+        if self.settings.pipeline == "e2e":
+            return self.predict(images).softmax(1)[:, 0]
+        passes = [None]
+        if self.settings.recon_passes == "complementary":  # every patch is visible once
+            N = self.grid[0] * self.grid[1]
+            order = torch.randperm(N, generator=torch.Generator().manual_seed(0)).to(images.device)
+            passes = [v.expand(len(images), -1) for v in order.split(n_visible(N, self.settings.mask_ratio))]
+        return torch.stack([(images - self.reconstruct(images, v)).abs().mean(1) for v in passes]).mean(0)
+
+    def image_score(self, maps):
+        """Eq. 7: (B,S,S) -> (B,)"""
+        k = self.settings.window
+        return F.avg_pool2d(maps[:, None], k, 1, k // 2).amax((1, 2, 3))
+
+
+class Decoder(nn.Module):
+    """Tokens of the encoder, all or the visible ones, (B,n,D_e) -> tokens of all patches (B,N,D_d). `pred`: pixels."""
+
+    def __init__(self, grid, width_in, width, depth, heads, width_out, mask_fill):
+        super().__init__()
+        self.embed = nn.Linear(width_in, width)
+        if mask_fill == "mask_token":
+            self.mask_token = nn.Parameter(0.02 * torch.randn(1, 1, width))
+        self.register_buffer("pos_embed", sincos(grid, width))
+        Block = timm.models.vision_transformer.Block
+        norm = timm.layers.LayerNorm  # eps 1e-6
+        self.blocks = nn.Sequential(*(Block(width, heads, qkv_bias=True, norm_layer=norm) for _ in range(depth)))
+        self.norm = norm(width)
+        self.pred = nn.Linear(width, width_out)
+
+    def forward(self, tokens, visible=None):
+        z = self.embed(tokens)
+        B, n, D = z.shape
+        if visible is not None:
+            N = self.pos_embed.shape[1] - 1
+            hidden = self.mask_token.to(z.dtype) if hasattr(self, "mask_token") else z.new_zeros(1, 1, D)
+            z = hidden.expand(B, N, D).scatter(1, visible[..., None].expand(B, n, D), z)
+        return self.norm(self.blocks(z + self.pos_embed[:, 1:]))
+
+
+class TokenBalance(nn.Module):
+    """Eq. 5 with its brackets mended: tokens of the encoder's first and last block and of the decoder -> (B,N,out)."""
+
+    def __init__(self, width_encoder, width_decoder, out):
+        super().__init__()
+        self.lp1 = nn.Linear(2 * width_encoder, width_decoder)
+        self.lp2 = nn.Linear(2 * width_decoder, out)
+
+    def forward(self, first, last, decoded):
+        return self.lp2(torch.cat([self.lp1(torch.cat([first, last], -1)), decoded], -1))
+
+
+def plpm(channels):
+    """Images (B,3,S,S) -> logits (B,): 0 original, 1 rebuilt. Ours, as the usual discriminators are."""
+    layers = []
+    for i, (c_in, c_out) in enumerate(zip((3, *channels), channels, strict=False)):
+        layers.append(nn.Conv2d(c_in, c_out, 4, 2, 1))
+        if i:
+            layers.append(nn.BatchNorm2d(c_out, track_running_stats=False))
+        layers.append(nn.LeakyReLU(0.2))
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels[-1], 1), nn.Flatten(0))
+
+
+def focal(logits, Y, gamma):
+    """Logits (B,2,S,S), anomalous first, and mask Y (B,S,S) bool -> scalar. Lin et al. 2017, without alpha."""
+    log_p = logits.log_softmax(1)
+    log_p_true = torch.where(Y, log_p[:, 0], log_p[:, 1])
+    return ((1 - log_p_true.exp()) ** gamma * -log_p_true).mean()
+
+
+def n_visible(N, mask_ratio):
+    """How many of N patches stay visible."""
+    return max(1, round(N * (1 - mask_ratio)))
+
+
+def unpatchify(tokens, grid, channels):
+    """(B,N,P*P*C), patches row by row, channels innermost -> (B,C,S,S)."""
+    P = round((tokens.shape[-1] / channels) ** 0.5)
+    patches = tokens.unflatten(1, grid).unflatten(3, (P, P, channels))  # (B,h,w,P,P,C)
+    return patches.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+
+
+def sincos(grid, width):
+    """MAE's fixed positions (1,1+N,width): zeros for the class token, then sin and cos of column and row."""
+    omega = 10000 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    y, x = (v.flatten()[:, None] * omega for v in torch.meshgrid(*map(torch.arange, grid), indexing="ij"))
+    table = torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], 1).float()
+    return torch.cat([torch.zeros(1, width), table])[None]
+
+
+def draw(categories, most):
+    """Numbers, in order, of up to `most` random images of each category; of all where `most` is 0."""
+    chosen = []
+    for category in np.unique(categories):
+        members = np.flatnonzero(categories == category)
+        chosen.append(members[torch.randperm(len(members))[: most or None]])
+    return np.sort(np.concatenate(chosen))
+
+
+def load_mae(model, path):
+    """Load encoder and decoder of `model` from a file under the names of MAE's visualisation checkpoints.
+
+    Either safetensors, or a .pth file that holds nothing but tensors: no object is ever unpickled. Positions are
+    resampled. Where the file has no decoder, that stays random.
+
+    Returns:
+        `source` and `sha256` for the run record.
+
+    Raises:
+        UserError: no such file, not readable, tensors missing, too many or of other shapes.
+    """
+    path = Path(path).expanduser()
+    state = {_own_name(k): v for k, v in _read(path).items() if not k.startswith(("head.", "fc_norm."))}
+    parts = nn.ModuleDict({"encoder": model.encoder})
+    if with_decoder := any(k.startswith("decoder.") for k in state):
+        parts["decoder"] = model.decoder
+    if model.settings.mask_fill == "zeros":
+        state.pop("decoder.mask_token", None)
+    for name in ("encoder.pos_embed", "decoder.pos_embed"):
+        if name in state:
+            state[name] = timm.layers.resample_abs_pos_embed(state[name], list(model.grid))
+    try:
+        parts.load_state_dict(state)
+    except RuntimeError as e:
+        raise UserError(f"{path} does not fit: {shorten(str(e).splitlines()[1], 200)}") from e
+    return {"source": f"file {path.name}{'' if with_decoder else ', decoder random'}", "sha256": sha256(path)}
+
+
+def _own_name(name):
+    if name == "mask_token":
+        return "decoder.mask_token"
+    return name.replace("decoder_", "decoder.", 1) if name.startswith("decoder_") else f"encoder.{name}"
+
+
+def _read(path):
+    if path.suffix == ".safetensors":
+        return read_safetensors(path)[0]
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"weights file {path} does not exist.") from None
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as e:
+        raise UserError(f"{path} cannot be read as tensors alone. Other pickled files are not read.") from e
+    return state.get("model", state)
+
+
+def _check(s):
+    """Settings that contradict each other or that have no meaning."""
+    if s.pipeline == "recon" and not (s.stage1 or s.pretrained):
+        raise UserError("pipeline=recon without stage1 and without pretrained weights: nothing would ever be trained.")
+    if s.pipeline == "e2e" and not s.damage:
+        raise UserError("damage=0 leaves stage 2 nothing to learn from. Raise it, or take pipeline=recon.")
+    for name, count in {"alpha": 3, "beta": 2, "betas": 2}.items():
+        if len(getattr(s, name)) != count:
+            raise UserError(f"{name}={getattr(s, name)}: give {count} numbers.")
+    for name in ("mask_ratio", "warm_up"):
+        if getattr(s, name) >= 1:
+            raise UserError(f"{name}={getattr(s, name)} has to be below 1.")
+    if max(s.betas) >= 1:
+        raise UserError(f"betas={s.betas}: AdamW takes two numbers below 1.")
+    for name in ("stage1_epochs", "stage1_batch_size"):
+        if getattr(s, name) < 1:
+            raise UserError(f"{name}={getattr(s, name)} has to be at least 1.")
+    if not s.decoder_heads or s.decoder_width % s.decoder_heads or s.decoder_width % 4:
+        raise UserError(
+            f"decoder_width={s.decoder_width} has to be a multiple of 4 and of decoder_heads={s.decoder_heads}."
+        )
+    if not s.plpm_channels:
+        raise UserError("plpm_channels is empty: give at least one number, or set plpm=off.")
+    if not s.window % 2:
+        raise UserError(f"window={s.window}: give an odd number of pixels.")
