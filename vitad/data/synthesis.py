@@ -519,9 +519,10 @@ def _shaded(rng, shape, strength):
     def paint(s, y, x, before):
         level = (255 * before.mean(0)).round_().long()  # whole numbers: their sum does not depend on the order
         count, total = torch.zeros(2, K, dtype=torch.long, device=device)
-        around = total.index_add_(0, s, level) / count.index_add_(0, s, torch.ones_like(level)).clamp(1)
-        dark = (darken & (around > 25)) | (around > 230)
-        return torch.lerp(before, torch.where(dark, 0.0, 1.0)[s].expand(3, -1), strength[s] * shape[s, y, x])
+        around = total.index_add_(0, s, level) / count.index_add_(0, s, torch.ones_like(level)).clamp(1) / 255
+        dark = (darken & (around > 0.1)) | (around > 0.9)
+        tone = torch.where(dark, 0, (2 * around).clamp(0.5, 1))  # as far away to either side
+        return torch.lerp(before, _pick(tone, s).expand(3, -1), _pick(strength, s) * shape[s, y, x])
 
     return pixels_above(shape, 0.1), paint  # the outermost part of a soft rim cannot be seen and is no damage
 
