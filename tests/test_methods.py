@@ -266,6 +266,7 @@ SWITCHES = {
     },
     mala: {
         "encoder": ("vit_tiny_patch16_224", lambda m, _: m.encoder.embed_dim, 192),
+        "depth": (3, lambda m, _: len(m.encoder.blocks), 3),
         "pretrained": (True, lambda m, _: m.weights["source"], "file given.safetensors, decoder random"),
         "image_size": (96, lambda m, _: (m.grid, m.decoder.pos_embed.shape[1]), ((6, 6), 1 + 36)),
         "decoder_width": (64, lambda m, _: (m.decoder.embed.out_features, m.tbm.lp2.in_features), (64, 128)),
@@ -303,7 +304,9 @@ SWITCHES = {
         "pretrained": (True, lambda m, _: m.weights["source"], "file given.safetensors"),
         "image_size": (96, lambda m, _: (m.tokenizer.patch_embed.grid_size, m.segmentation.image_size), ((6, 6), 96)),
         "blocks": ((1,), sharpness, lambda seen, before: seen != before),
+        "combine": ("concat", inputs("reconstruction"), 128),
         "standardise": (True, lambda m, g: (m.prepare(g.train, CPU), m.std.unique().tolist() == [1.0])[1], False),
+        "centre": (True, lambda m, g: m.tokens(g.train.batch([0])["image"]).median(1).values.any().item(), False),
         "damage": (1.0, damaged("damage"), lambda seen, before: seen > 0.7 > before),
         "kinds": (("pit", "crack"), damaged("kinds"), ("pit", "crack")),
         "mode": ("local", damaged("mode"), "local"),

@@ -48,12 +48,13 @@ def tokenized(model):
 # --- tokenizer --------------------------------------------------------------------------------------------
 
 
-def test_tokens_are_the_mean_of_the_chosen_blocks_without_class_token(gears):
+def test_tokens_are_those_of_the_chosen_blocks_without_class_token(gears):
     images, model = gears.test.batch(range(3))["image"], make(blocks=(5, 2))
     with torch.no_grad():
         second, fifth = intermediate(model.tokenizer, normalise(images), [2, 5])
     assert second.shape == (3, 16, 64)
     torch.testing.assert_close(model.tokens(images), (second + fifth) / 2)
+    torch.testing.assert_close(make(blocks=(5, 2), combine="concat").tokens(images), torch.cat([second, fifth], -1))
 
 
 def test_standardised_tokens_have_mean_0_and_deviation_1_over_the_training_images(gears):
@@ -62,6 +63,16 @@ def test_standardised_tokens_have_mean_0_and_deviation_1_over_the_training_image
     np.testing.assert_allclose(tokens.mean(0), 0, atol=0.01)
     np.testing.assert_allclose(tokens.std(0), 1, atol=0.01)
     assert prepared(gears).mean.eq(0).all() and prepared(gears).std.eq(1).all()
+
+
+def test_centred_tokens_do_not_show_what_a_whole_image_has_in_common(gears):
+    model, raw = make(centre=True), torch.randn(2, 3, 16, 64)
+    raw[:, :, :7] += 3  # fewer than half of the tokens do not move the others
+    torch.testing.assert_close(model._combine(raw + torch.randn(1, 3, 1, 64)), model._combine(raw))
+    assert not model.tokens(gears.test.batch([0, 1])["image"]).median(1).values.any()
+    model = prepared(gears, centre=True, standardise=True)
+    tokens = model.tokens(gears.train.batch(range(len(gears.train)))["image"]).flatten(0, 1)
+    np.testing.assert_allclose(tokens.mean(0), 0, atol=0.01)
 
 
 def test_the_tokenizer_stays_as_it_is(gears):

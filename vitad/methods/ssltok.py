@@ -40,8 +40,10 @@ class Settings:
     tokenizer: str = DINOV2_S14  # abstract: a self-supervised ViT
     pretrained: bool = True  # abstract
     image_size: int = 224
-    blocks: tuple[int, ...] = (12,)  # mean of their outputs, each after the last layer norm
-    standardise: bool = False  # each channel by mean and standard deviation over the training images
+    blocks: tuple[int, ...] = (12,)  # their outputs, each after the last layer norm
+    combine: Literal["mean", "concat"] = "mean"  # of the blocks; concat makes tokens of that many times the width
+    centre: bool = False  # less each channel's median over the image: what a whole image has in common drops out
+    standardise: bool = False  # then each channel by mean and standard deviation over the training images
     # damage, see data/synthesis.py
     damage: float = 0.5  # probability of an image to be damaged
     kinds: tuple[str, ...] = ("perlin",)
@@ -78,6 +80,24 @@ class Settings:
 
 PRESETS = {
     "paper": {},
+    # For two cores, chosen on synthetic damage of held-out tiles of MT: results/ssltok-selection.
+    "small": {
+        "blocks": (2, 4, 6, 8),
+        "combine": "concat",
+        "standardise": True,
+        "kinds": ("crack", "crack", "crack", "pit", "pit", "pit", "patch", "patch", "patch", "fray", "fray")
+        + ("perlin", "perlin", "paste"),
+        "keep_grey": True,
+        "pool": 3,
+        "width": 192,
+        "depth": 2,
+        "heads": 6,
+        "seg_width": 64,
+        "epochs": 10,
+        "min_steps": 0,
+        "lr": 1e-3,
+        "score": "top",
+    },
     # For two cores: middle blocks keep the detail that the last ones give up; narrow subnetworks, few steps, a pool.
     "demo": {
         "blocks": (4, 6, 8),
@@ -139,6 +159,8 @@ class Model(nn.Module):
         if not s.blocks or not all(1 <= b <= layers for b in s.blocks):
             raise UserError(f"blocks={s.blocks}: {s.tokenizer} has blocks 1 to {layers}.")
         D, grid = self.tokenizer.embed_dim, self.tokenizer.patch_embed.grid_size
+        if s.combine == "concat":
+            D *= len(set(s.blocks))
         self.register_buffer("mean", torch.zeros(D))
         self.register_buffer("std", torch.ones(D))
         self.synthesis = Synthesis(s.kinds, 1.0, s.mode, s.textures, keep_grey=s.keep_grey)
@@ -168,8 +190,13 @@ class Model(nn.Module):
     @torch.no_grad()
     def _raw_tokens(self, images):
         with autocast(images.device, self.settings.amp):
-            outputs = intermediate(self.tokenizer, normalise(images), sorted(self.settings.blocks))
-        return torch.stack(outputs).float().mean(0)
+            outputs = intermediate(self.tokenizer, normalise(images), sorted(set(self.settings.blocks)))
+        return self._combine(torch.stack(outputs).float())
+
+    def _combine(self, outputs):
+        """(blocks,B,N,D) -> (B,N,D) or (B,N,blocks * D)"""
+        tokens = outputs.mean(0) if self.settings.combine == "mean" else torch.cat(list(outputs), -1)
+        return tokens - tokens.median(1, keepdim=True).values if self.settings.centre else tokens
 
     def _standard(self, tokens):
         return (tokens - self.mean) / self.std
@@ -208,9 +235,16 @@ class Model(nn.Module):
                 damaged = self._damage(batch)
                 self.pool["tokens"][version, part] = self._raw_tokens(damaged["image"])
                 masks[version, part] = damaged["mask"][:, 0]
-        if s.standardise:
-            self.mean.copy_(self.clean.mean((0, 1), dtype=torch.float))
-            self.std.copy_(self.clean.float().flatten(0, 1).std(0).clamp_min(1e-3))
+        self._measure(self.clean)
+
+    def _measure(self, tokens):
+        """Mean and standard deviation of each channel of (n,N,D), in single precision a few images at a time."""
+        if self.settings.standardise:
+            mean = torch.stack([part.mean((0, 1), dtype=torch.float) * len(part) for part in tokens.split(64)]).sum(0)
+            mean = mean / len(tokens)
+            square = torch.stack([(part.float() - mean).square().mean(1).sum(0) for part in tokens.split(64)]).sum(0)
+            self.mean.copy_(mean)
+            self.std.copy_((square / len(tokens)).sqrt().clamp_min(1e-3))
 
     def _damage(self, images):
         return self.synthesis(images, *torch.randint(2**31, (2,)).tolist())  # torch's state is saved with the run
