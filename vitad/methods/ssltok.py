@@ -80,7 +80,7 @@ class Settings:
 
 PRESETS = {
     "paper": {},
-    # For two cores, chosen on synthetic damage of held-out tiles of MT: results/ssltok-selection.
+    # For two cores and MT. Not settled: so far only first looks at held-out tiles, in results/ssltok-selection.
     "small": {
         "blocks": (2, 4, 6, 8),
         "combine": "concat",
