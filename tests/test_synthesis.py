@@ -373,28 +373,28 @@ class TestOperations:
         identity, found = torch.arange(256.0).expand(1, 3, 256).contiguous(), set()
         for seed in range(400):
             recolouring = synthesis.Recolouring(np.random.default_rng(seed), bank.coarse)
-            recolouring.numbers[3:], recolouring.table = 0, identity / 255  # take the operations on colours away
-            sin, cos, factor = recolouring.numbers[:3, 0].tolist()
-            kind = ("turned" if sin else "") + ("sharpened" if factor != 1 else "")
+            recolouring.applies[2][:], recolouring.table = False, identity / 255  # take the operations on colours away
+            rotated, sharpened = (bool(a) for a in recolouring.applies[:2])
+            kind = ("rotated" if rotated else "") + ("sharpened" if sharpened else "")
             if kind in found:
                 continue
             found.add(kind)
+            sin, cos = recolouring.rotation[:, 0].tolist() if rotated else (0, 1)
+            factor = float(recolouring.sharpness) if sharpened else 1
             plain = ImageEnhance.Sharpness(big).enhance(factor)
             plain = np.asarray(plain.rotate(np.degrees(np.arctan2(sin, cos)))).astype(int)
             got = 255 * recolouring(bank, s, s, y, x).reshape(3, 64, 64).permute(1, 2, 0).numpy()
             wrong = np.abs(got - plain)[2:-2, 2:-2].max(-1) > 2
-            assert wrong.mean() < (0.04 if sin else 1e-9), kind  # PIL leaves the outermost pixels as they are
-        assert found == {"", "turned", "sharpened", "turnedsharpened"}
+            assert wrong.mean() < (0.04 if rotated else 1e-9), kind  # PIL leaves the outermost pixels as they are
+        assert found == {"", "rotated", "sharpened", "rotatedsharpened"}
 
     def test_three_different_operations_are_drawn(self):
         coarse = texture_bank("procedural", (32, 32), CPU).coarse
         many = synthesis.Recolouring(np.random.default_rng(0), np.tile(coarse, (16, 1, 1)))
-        sin, _, sharpness, hue, _ = many.numbers
-        for share in ((sin != 0), (sharpness != 1), (hue != 0)):
-            assert abs(share.float().mean() - 0.3) < 0.04
-        shifted = ((sin != 0).int() + (sharpness != 1) + (hue != 0)).float()
-        assert shifted.max() == 3
-        all_three = shifted == 3
+        applied = torch.stack(many.applies)
+        assert (abs(applied.float().mean(1) - 0.3) < 0.04).all()
+        all_three = applied.all(0)
+        assert all_three.any()
         identity = torch.arange(256.0).expand(int(all_three.sum()), 3, 256)
         torch.testing.assert_close(many.table[all_three] * 255, identity)  # so no fourth was
 

@@ -195,10 +195,11 @@ class Recolouring:
         """`coarse` (K,3,Q): some pixels of each texture, levels in 0..255."""
         K = len(coarse)
         drawn = rng.permuted(np.tile(np.arange(10), (K, 1)), axis=1)[:, :3]
-        angle = np.where((drawn == 9).any(1), rng.uniform(-math.pi / 4, math.pi / 4, K), 0)
-        sharpness = np.where((drawn == 8).any(1), rng.uniform(0, 2, K), 1)
-        shift = np.where((drawn == 7).any(1), rng.uniform(-50, 50, (2, K)), 0)  # of hue and saturation
-        self.numbers = _tensor(np.stack([np.sin(angle), np.cos(angle), sharpness, *shift]), "cpu")
+        self.applies = [torch.from_numpy((drawn == k).any(1)) for k in (9, 8, 7)]  # rotation, sharpness, shift of hue
+        angle = rng.uniform(-math.pi / 4, math.pi / 4, K)
+        self.rotation = _tensor(np.stack([np.sin(angle), np.cos(angle)]), "cpu")
+        self.sharpness = _tensor(rng.uniform(0, 2, K), "cpu")
+        self.shift = _tensor(rng.uniform(-50, 50, (2, K)), "cpu")  # of hue and saturation
         identity = np.tile(np.arange(256.0), (K, 3, 1))
         coarse, before_shift, table = coarse.astype(int), identity.copy(), identity.copy()
         for turn in drawn.T:
@@ -210,29 +211,33 @@ class Recolouring:
             if rows.size:
                 before_shift[rows], table[rows] = table[rows], identity[rows]
                 levels = _tensor(_through(before_shift[rows], coarse[rows]).swapaxes(0, 1), "cpu")
-                coarse[rows] = shift_hue(levels, *self.numbers[3:, rows, None]).round().transpose(0, 1)
+                coarse[rows] = shift_hue(levels, *self.shift[:, rows, None]).round().transpose(0, 1)
         self.before_shift, self.table = _tensor(before_shift, "cpu"), _tensor(table / 255, "cpu")
 
     def __call__(self, bank, which, s, y, x):
         """Colours (3,P) in [0,1] at the pixels (y,x) of the textures `which[s]` of the bank."""
         device, (H, W) = s.device, bank.images.shape[-2:]
-        sin, cos, sharpness, hue, saturation = _pick(self.numbers.to(device), s)
-        down, right = y - (H - 1) / 2, x - (W - 1) / 2
-        y = (cos * down + sin * right + (H - 1) / 2).round_().long()
-        x = (cos * right - sin * down + (W - 1) / 2).round_().long()
-        inside = (y >= 0) & (y < H) & (x >= 0) & (x < W)  # black beyond the border
-        places = _places(bank.images, _pick(which, s), y.clamp_(0, H - 1), x.clamp_(0, W - 1))
-        level = _look_up(bank.images, places).long()
+        rotated, sharpened, shifted = (_pick(a.to(device), s).nonzero()[:, 0] for a in self.applies)
 
-        p = (sharpness != 1).nonzero()[:, 0]
-        smooth = _look_up(bank.smooth, _pick(places, p)).float()
-        sharp = torch.lerp(smooth, _pick(level, p).float(), _pick(sharpness, p)).round_().clamp_(0, 255)
-        level = level.index_copy_(1, p, sharp.long()) * inside
+        sin, cos = _pick(self.rotation.to(device), _pick(s, rotated))
+        down, right = _pick(y, rotated) - (H - 1) / 2, _pick(x, rotated) - (W - 1) / 2
+        row = (cos * down + sin * right + (H - 1) / 2).round_().long()
+        column = (cos * right - sin * down + (W - 1) / 2).round_().long()
+        beyond = rotated[(row < 0) | (row >= H) | (column < 0) | (column >= W)]
+        y = y.index_copy(0, rotated, row.clamp_(0, H - 1))
+        x = x.index_copy(0, rotated, column.clamp_(0, W - 1))
+        places = _places(bank.images, _pick(which, s), y, x)
+        level = _look_up(bank.images, places).int()
 
-        entry = 3 * 256 * s + 256 * torch.arange(3, device=device)[:, None]
-        p = ((hue != 0) | (saturation != 0)).nonzero()[:, 0]
-        colour = _look_up(self.before_shift.to(device), _pick(entry, p) + _pick(level, p))
-        level.index_copy_(1, p, shift_hue(colour, _pick(hue, p), _pick(saturation, p)).round_().long())
+        smooth = _look_up(bank.smooth, _pick(places, sharpened)).float()
+        sharpness = _pick(self.sharpness.to(device), _pick(s, sharpened))
+        sharp = torch.lerp(smooth, _pick(level, sharpened).float(), sharpness).round_().clamp_(0, 255)
+        level.index_copy_(1, sharpened, sharp.int()).index_fill_(1, beyond, 0)  # black beyond the border
+
+        entry = 3 * 256 * s.int() + 256 * torch.arange(3, dtype=torch.int32, device=device)[:, None]
+        colour = _look_up(self.before_shift.to(device), _pick(entry, shifted) + _pick(level, shifted))
+        shift = _pick(self.shift.to(device), _pick(s, shifted))
+        level.index_copy_(1, shifted, shift_hue(colour, *shift).round_().int())
         return _look_up(self.table.to(device), entry + level)
 
 
@@ -615,12 +620,12 @@ def pixels_above(values, threshold):
     """Pixels (s,y,x) of (K,H,W) whose value exceeds the threshold."""
     _, H, W = values.shape
     if values.device.type == "cpu":  # NumPy is four times as fast as torch at this
-        flat = torch.from_numpy(np.flatnonzero(values.numpy() > threshold))
+        flat = np.flatnonzero(values.numpy() > threshold)
     else:
         flat = (values > threshold).flatten().nonzero()[:, 0]
     row = flat // W
     s = row // H
-    return s, row - s * H, flat - row * W
+    return tuple(torch.as_tensor(v) for v in (s, row - s * H, flat - row * W))
 
 
 def _places(images, s, y, x):
