@@ -21,7 +21,7 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from vitad.backbones import IMAGENET_MEAN, IMAGENET_STD, normalise, timm, vit
+from vitad.backbones import IMAGENET_MEAN, IMAGENET_STD, timm, vit
 from vitad.blocks import ssim_map
 from vitad.data.synthesis import Synthesis, foreground_mask
 from vitad.errors import UserError
@@ -34,6 +34,7 @@ PAPER = "Chen et al. 2023, MALA, IEEE Access 11"
 @dataclass(frozen=True)
 class Settings:
     encoder: str = "vit_large_patch16_224.mae"  # sec. IV-C: 24 blocks, width 1024, a grid of 14 x 14, from MAE
+    depth: int | None = None  # blocks of the encoder; as many as it has
     pretrained: bool = True  # sec. IV-C: ImageNet-1k, encoder and decoder
     image_size: int = 224  # sec. IV-C
     decoder_width: int = 512  # sec. IV-C
@@ -156,7 +157,8 @@ class Model(nn.Module):
         self.settings = s = settings
         _check(s)
         source = str(weights) if s.pretrained else "random"
-        self.encoder, self.weights = vit(s.encoder, s.image_size, source if source == "auto" else "random")
+        depth = {} if s.depth is None else {"depth": s.depth}
+        self.encoder, self.weights = vit(s.encoder, s.image_size, source if source == "auto" else "random", **depth)
         (P, _), self.grid = self.encoder.patch_embed.patch_size, self.encoder.patch_embed.grid_size
         D_e, D_d = self.encoder.embed_dim, s.decoder_width
         positions = sincos(self.grid, D_e)
@@ -168,6 +170,8 @@ class Model(nn.Module):
             self.encoder.pos_embed.data = positions
         self.encoder.requires_grad_(s.stage1)
         self.encoder.pos_embed.requires_grad_(False)
+        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN)[:, None, None])
+        self.register_buffer("std", torch.tensor(IMAGENET_STD)[:, None, None])
         self.decoder = Decoder(self.grid, D_e, D_d, s.decoder_depth, s.decoder_heads, 3 * P * P, s.mask_fill)
         self.plpm = plpm(s.plpm_channels) if s.stage1 and s.plpm != "off" else None
         self.tbm = None
@@ -185,13 +189,16 @@ class Model(nn.Module):
             "checkpoint": "last epoch",
         }
 
+    def normalised(self, images):
+        return (images - self.mean) / self.std
+
     def tokens(self, images, visible=None):
         """Images (B,3,S,S) in [0,1] -> outputs of the first block and of the last, normed: (B,N,D_e) both.
 
         With `visible` (B,n), numbers of patches, only these are computed, and come in that order: (B,n,D_e).
         """
         e = self.encoder
-        z = e.patch_embed(normalise(images)).flatten(1, -2) + e.pos_embed[:, 1:]  # some keep the grid
+        z = e.patch_embed(self.normalised(images)).flatten(1, -2) + e.pos_embed[:, 1:]  # some keep the grid
         if visible is not None:
             z = z.gather(1, visible[..., None].expand(-1, -1, z.shape[2]))
         z_cls = (e.cls_token + e.pos_embed[:, :1]).expand(len(z), -1, -1)
@@ -203,15 +210,14 @@ class Model(nn.Module):
 
     def random_visible(self, B, device):
         """(B,n): numbers of the patches that stay visible, drawn for each image."""
-        N = self.grid[0] * self.grid[1]
+        N = self.encoder.patch_embed.num_patches
         return torch.rand(B, N, device=device).argsort(1)[:, : n_visible(N, self.settings.mask_ratio)]
 
     def reconstruct(self, images, visible=None):
         """X (B,3,S,S) in [0,1] -> X_bar (B,3,S,S), rebuilt from the visible patches or from all."""
         _, last = self.tokens(images, visible)
         X_bar = unpatchify(self.decoder.pred(self.decoder(last, visible)).float(), self.grid, 3)  # Eq. 2
-        mean, std = (X_bar.new_tensor(v)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD))
-        return X_bar * std + mean
+        return X_bar * self.std + self.mean
 
     def stage1_losses(self, batch):
         """Eq. 3 with its misprints mended. Each is weighted, and gives every parameter the gradient of its own aim."""
@@ -224,13 +230,13 @@ class Model(nn.Module):
         elif self.settings.plpm == "adversarial":
             losses["plpm"] = self.label_loss(X, X_bar.detach())  # for PLPM alone
             fixed = {name: p.detach() for name, p in self.plpm.named_parameters()}
-            lb_p = functional_call(self.plpm, fixed, (normalise(X_bar),)).float()
+            lb_p = functional_call(self.plpm, fixed, (self.normalised(X_bar),)).float()
             losses["fool"] = a3 * F.softplus(lb_p).mean()  # -log[1 - sigma(lb_p)], for encoder and decoder alone
         return losses
 
     def label_loss(self, X, X_bar):
         """L_CE of Eq. 3: originals are labelled 0, rebuilt images 1."""
-        lb_o, lb_p = (self.plpm(normalise(images)).float() for images in (X, X_bar))
+        lb_o, lb_p = (self.plpm(self.normalised(images)).float() for images in (X, X_bar))
         return (F.softplus(lb_o).mean() + F.softplus(-lb_p).mean()) / 2  # -log[1 - sigma(lb_o)], -log sigma(lb_p)
 
     # --- stage 2: predict artificial anomaly maps ---
@@ -278,15 +284,10 @@ class Model(nn.Module):
     def phases(self):
         s = self.settings
         adamw = dict(optimizer=torch.optim.AdamW, betas=s.betas, weight_decay=s.weight_decay)
+        parts = [self.encoder, self.decoder, self.plpm] if self.plpm else [self.encoder, self.decoder]
         stage1 = Phase(
             "stage1",
-            [
-                p
-                for part in (self.encoder, self.decoder, self.plpm)
-                if part
-                for p in part.parameters()
-                if p.requires_grad
-            ],
+            [p for part in parts for p in part.parameters() if p.requires_grad],
             s.stage1_epochs,
             s.stage1_batch_size,
             s.stage1_lr * s.stage1_batch_size / 256,
@@ -317,7 +318,7 @@ class Model(nn.Module):
             return self.predict(images).softmax(1)[:, 0]
         passes = [None]
         if self.settings.recon_passes == "complementary":  # every patch is visible once
-            N = self.grid[0] * self.grid[1]
+            N = self.encoder.patch_embed.num_patches
             order = torch.randperm(N, generator=torch.Generator().manual_seed(0)).to(images.device)
             passes = [v.expand(len(images), -1) for v in order.split(n_visible(N, self.settings.mask_ratio))]
         return torch.stack([(images - self.reconstruct(images, v)).abs().mean(1) for v in passes]).mean(0)
