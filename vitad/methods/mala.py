@@ -246,8 +246,10 @@ class Model(nn.Module):
         with torch.no_grad():
             first, last = self.tokens(images)
         D_last = self.decoder(last)  # Eq. 4
-        Y_hat = self.tbm(first, last, D_last) if self.settings.tbm else self.tbm(D_last)
-        return unpatchify(Y_hat.float(), self.grid, 2)
+        with torch.autocast(images.device.type, enabled=False):  # half precision would tie most of a map's pixels
+            first, last, D_last = first.float(), last.float(), D_last.float()
+            Y_hat = self.tbm(first, last, D_last) if self.settings.tbm else self.tbm(D_last)
+        return unpatchify(Y_hat, self.grid, 2)
 
     def stage2_losses(self, batch):
         """Eq. 6."""
