@@ -123,7 +123,8 @@ class ForeignParts(HTMLParser):
 
 
 def test_a_failing_notebook_stops_the_build_and_the_others_are_kept(tree):
-    notebook(tree / "notebooks" / "one.ipynb", "print(preset, seed)", "open('trace.txt', 'w').write('ran')")
+    progress = "import sys; print('9step/s', file=sys.stderr)"
+    notebook(tree / "notebooks" / "one.ipynb", "print(preset, seed)", "open('trace.txt', 'w').write('ran')", progress)
     notebook(tree / "notebooks" / "two.ipynb", "def half(x):\n    return x / 0", "half(1)")
     committed = (tree / "notebooks" / "one.ipynb").read_bytes()
 
@@ -152,6 +153,7 @@ def test_a_failing_notebook_stops_the_build_and_the_others_are_kept(tree):
     assert "m demo 8 0.625 0.875 0.250" in " ".join(words), "the gain from grouped to differnet"
     pages = list(html.rglob("*.html"))
     assert len(pages) > 4
+    assert (html / "notebooks" / "one.html").read_text().count("9step/s") == 1, "the source; progress bars stay out"
     assert not [address for page in pages for address in ForeignParts(page).found]
     assert not [sheet for sheet in html.rglob("*.css") if re.search(r"url\(['\"]?(https?:)?//", sheet.read_text())]
 
