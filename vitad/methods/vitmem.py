@@ -79,7 +79,7 @@ PRESETS = {
         "encoder": "vit_tiny_patch16_224",
         "depth": 6,
         "image_size": 96,
-        "epochs": 30,
+        "epochs": 20,
         "lr": 1e-3,
         "sigma": 1.5,
     },
