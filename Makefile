@@ -16,7 +16,7 @@ help:
 	@echo "             PRESET= DATASET= CATEGORY= DATA_ROOT= SPLIT= SEED= DEVICE=   other parameters than the defaults"
 	@echo "             JOBS=                                       notebooks that run at a time"
 	@echo "make test    install into $(VENV), run the tests of the library and the notebooks as committed"
-	@echo "make bench   time the metrics, the damage synthesis and the training step of vitmem beside plain versions"
+	@echo "make bench   time the metrics, the damage synthesis and the training steps of vitmem and mala"
 	@echo "make env     only install into $(VENV)"
 	@echo "make clean   remove everything built, except $(VENV)"
 
@@ -54,6 +54,7 @@ bench: $(READY)
 	$(PY) tests/bench_metrics.py
 	$(PY) tests/bench_synthesis.py
 	$(PY) tests/bench_vitmem.py
+	$(PY) tests/bench_mala.py
 
 clean:
 	rm -rf book/_build notebooks/runs .pytest_cache .ruff_cache

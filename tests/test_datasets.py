@@ -133,6 +133,50 @@ def test_a_wrong_folder_is_refused(name, category, tmp_path):
         data.load(name, tmp_path, category)
 
 
+@pytest.mark.parametrize("name, category", [("mt", None), ("ksdd2", "ksdd2"), ("mvtec", "all"), ("toy", "all")])
+def test_all_categories_of_a_set_without_any_are_the_set(name, category):
+    assert data.part(name, "all")[0] == category
+
+
+def test_all_categories_of_several_sets_at_once(whole, toy_root, tmp_path):
+    split = data.load("btad", whole["btad"], "all", image_size=16)
+    assert list(dict.fromkeys(split.train.categories)) == ["btad/01", "btad/02", "btad/03"]
+    assert all(
+        path.startswith(key.removeprefix("btad/"))
+        for path, key in zip(split.test.paths, split.test.categories, strict=True)
+    )
+    for name in ("btad", "ksdd2"):
+        (tmp_path / name).symlink_to(whole[name], target_is_directory=True)
+    (tmp_path / "toy").symlink_to(toy_root, target_is_directory=True)
+    both = data.load("btad+ksdd2", tmp_path, image_size=16)
+    assert (both.name, both.category, both.split) == ("btad+ksdd2", "all", None)
+    assert list(dict.fromkeys(both.test.categories)) == ["btad/01", "btad/02", "btad/03", "ksdd2/ksdd2"]
+    assert both.train.paths[0].startswith("btad/01/train") and both.train.paths[-1].startswith("ksdd2/train")
+    assert len(data.load("toy+btad", tmp_path, image_size=16).train) == 36 + len(split.train)
+    with pytest.raises(UserError, match="'mvtec[+]visa' are several data sets, but category 'bottle' was given"):
+        data.part("mvtec+visa", "bottle")
+    with pytest.raises(UserError, match="unknown dataset 'viso'. Did you mean 'visa'"):
+        data.part("mvtec+viso")
+    with pytest.raises(UserError, match="needs its folder"):
+        data.find("mvtec+visa")
+    assert data.part("toy+mt", split="mala100") == ("all", "mala100")
+    with pytest.raises(UserError, match="split 'mala100' was given"):
+        data.part("toy+visa", split="mala100")
+
+
+def test_the_table_of_several_categories_names_them(toy_root, whole):
+    lines = data.describe(data.load("toy", toy_root, "all", image_size=32)).splitlines()
+    assert lines[0] == "toy all, 32x32 px"
+    assert lines[2].split() == ["toy/weave", "train", "good", "12"]
+    assert ["toy/gear", "test", "misplaced", "2", "2"] in [line.split() for line in lines]
+
+
+def test_all_of_a_user_s_folder(toy_root):
+    assert len(data.load("folder", toy_root, "all", image_size=16).train) == 3 * 12 + 4
+    one = data.load("folder", toy_root / "gear", "all", image_size=16)
+    assert one.category is None and set(one.train.categories) == {"folder"}
+
+
 # --- what is read -----------------------------------------------------------------------------------------
 
 

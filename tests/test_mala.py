@@ -149,6 +149,18 @@ def test_masked_places_are_filled_and_every_token_is_in_its_place(fill):
     assert ("mask_token" in model.decoder.state_dict()) == (fill == "mask_token")
 
 
+def test_fewer_blocks_are_the_first_ones(gears):
+    images = gears.train.batch(range(2))["image"]
+    whole, cut = make(), make(depth=2)
+    assert len(cut.encoder.blocks) == 2 and len(whole.encoder.blocks) == 6
+    cut.encoder.load_state_dict(whole.encoder.state_dict(), strict=False)
+    outputs = []
+    whole.encoder.blocks[1].register_forward_hook(lambda _, __, z: outputs.append(whole.encoder.norm(z)[:, 1:]))
+    with torch.no_grad():
+        whole.tokens(images)
+        assert torch.equal(cut.tokens(images)[1], outputs[0])
+
+
 def test_the_paper_s_sizes():
     """Sec. IV-C on the meta device: nothing is computed, shapes and counts are real."""
     with torch.device("meta"):
@@ -458,7 +470,7 @@ class Watched:
     """An image set that notes which images are asked for."""
 
     def __init__(self, images):
-        self.images, self.asked = images, []
+        self.images, self.categories, self.asked = images, images.categories, []
 
     def __len__(self):
         return len(self.images)
@@ -477,6 +489,17 @@ def test_the_stages_are_trained_on_their_images(gears):
     for first, last, stage in ((0, 3, 1), (3, 6, 1), (6, 9, 2), (9, 12, 2)):
         assert sorted(sum(watched.asked[first:last], [])) == model.chosen[stage].tolist()
     assert len(model.chosen[1]) == 9 and len(model.chosen[2]) == 5
+
+
+def test_one_model_for_all_categories_is_the_default(toy_root, tmp_path):
+    asked = dict(data_root=toy_root, preset="smoke", device="cpu", overrides={"stage2_images": 3, "mode": "global"})
+    record = runs.run("mala", **asked, out=tmp_path / "run")
+    assert record["category"] == "all" and record["counts"]["train"] == 36
+    assert list(record["metrics_by_category"]) == ["toy/weave", "toy/grain", "toy/gear"]
+    model = make(**asked["overrides"])
+    images = data.load("toy", toy_root, "all", image_size=64).train
+    model.prepare(images, CPU)
+    assert Counter(images.categories[model.chosen[2]]) == {"toy/weave": 3, "toy/grain": 3, "toy/gear": 3}
 
 
 class Stop(Exception):
@@ -663,7 +686,7 @@ def test_a_run_with_given_weights_says_so_in_its_record(toy_root, tmp_path):
     with pytest.raises(UserError, match="would not be used.*pretrained=true"):
         runs.run("mala", out=tmp_path / "other", **options)
     model = runs.load_model(tmp_path / "run")
-    batch = data.load("toy", toy_root, "gear", image_size=64).test.batch(range(3))["image"]
+    batch = data.load("toy", toy_root, "all", image_size=64).test.batch(range(3))["image"]
     maps = runs.read_maps(tmp_path / "run")["maps"]
     with torch.no_grad():
         np.testing.assert_allclose(model.anomaly_map(batch), maps[:3], atol=1e-5)
@@ -718,6 +741,8 @@ def test_variants_differ_in_one_part_each():
         ({"decoder_width": 34}, "decoder_width=34 has to be a multiple of 4"),
         ({"plpm_channels": ""}, "plpm_channels is empty"),
         ({"window": 4}, "window=4: give an odd number"),
+        ({"depth": 0}, "depth=0: test_vit has 1 to 6 blocks"),
+        ({"depth": 7}, "depth=7: test_vit has 1 to 6 blocks"),
         ({"encoder": "vit_small_patch14_reg4_dinov2", "image_size": 70}, "more or fewer than one token"),
     ],
 )

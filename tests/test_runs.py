@@ -34,7 +34,8 @@ FILES = {"record.json", "maps.npz", "checkpoint.safetensors", "heatmaps.png"}
 def finished(request, toy_root, tmp_path_factory):
     """(folder, record) of a run of each method."""
     out = tmp_path_factory.mktemp(request.param) / "run"
-    return out, runs.run(request.param, data_root=toy_root, preset="smoke", seed=3, device="cpu", out=out)
+    asked = dict(data_root=toy_root, category="gear", preset="smoke", seed=3, device="cpu")
+    return out, runs.run(request.param, **asked, out=out)
 
 
 @pytest.fixture(scope="module")
@@ -298,6 +299,32 @@ def test_defects_with_empty_masks_count_for_the_image_but_not_for_the_pixels(toy
     assert record["metrics"] == pixels
     naive = evaluate(maps["maps"], maps["masks"], maps["scores"], maps["labels"])
     assert record["metrics"]["pixel_auroc"] != naive["pixel_auroc"]
+
+
+# --- several categories -----------------------------------------------------------------------------------
+
+
+def test_several_categories_are_evaluated_one_by_one_and_averaged(toy_root, smoke, tmp_path, capsys):
+    record = smoke(category="all")
+    assert (record["category"], record["counts"]["train"], record["counts"]["test_defective"]) == ("all", 36, 22)
+    assert list(record["metrics_by_category"]) == ["toy/weave", "toy/grain", "toy/gear"]
+    maps = runs.read_maps(tmp_path / "run")
+    for key, figures in record["metrics_by_category"].items():
+        here = np.char.startswith(maps["paths"], key.removeprefix("toy/"))
+        assert figures == evaluate(*(maps[name][here] for name in ("maps", "masks", "scores", "labels")))
+    for name, mean in record["metrics"].items():
+        assert mean == np.mean([figures[name] for figures in record["metrics_by_category"].values()])
+    assert main(["show", str(tmp_path / "run")]) == 0
+    assert "toy/grain    image_auroc 0." in capsys.readouterr().out
+
+
+def test_a_figure_that_one_category_lacks_has_no_mean(toy_root, smoke, tmp_path):
+    shutil.copytree(toy_root / "gear", tmp_path / "own" / "a")
+    shutil.copytree(toy_root / "grain", tmp_path / "own" / "b", ignore=shutil.ignore_patterns("ground_truth"))
+    record = smoke(dataset="folder", data_root=tmp_path / "own", category="all")
+    with_masks, without = record["metrics_by_category"].values()
+    assert None not in with_masks.values() and without["pro"] is None and without["image_auroc"] is not None
+    assert record["metrics"]["pro"] is None and record["metrics"]["image_auroc"] is not None
 
 
 # --- again and again --------------------------------------------------------------------------------------

@@ -62,6 +62,7 @@ def _show(args):
         ("overrides", ", ".join(f"{k}={v}" for k, v in record["overrides"].items()) or "none"),
         ("weights", weights),
         *((name, "no value" if value is None else f"{value:.4f}") for name, value in record["metrics"].items()),
+        *((category, _figures(metrics)) for category, metrics in record.get("metrics_by_category", {}).items()),
         ("time", f"train {times['train_s']:.1f} s, score {times['test_images_per_s']:.1f} images/s"),
         ("machine", f"{e['device']}, {e['device_name']}, {e['threads']} threads, {e['precision']}"),
         ("commit", commit),
@@ -70,6 +71,10 @@ def _show(args):
     ]
     for name, value in rows:
         print(f"{name:<12} {value}")
+
+
+def _figures(metrics):
+    return ", ".join(f"{name} {'no value' if value is None else f'{value:.4f}'}" for name, value in metrics.items())
 
 
 def _data_show(args):
@@ -156,10 +161,10 @@ def _parser():
 
 def _data_options(add, name):
     if name.startswith("-"):
-        add(name, default="toy", help="toy (default), mt, mvtec, btad, visa, ksdd2 or folder")
+        add(name, default="toy", help="toy (default), mt, mvtec, btad, visa, ksdd2 or folder; mvtec+visa for both")
     else:
         add(name, metavar="NAME", help="toy, mt, mvtec, btad, visa, ksdd2 or folder")
-    add("--category", help="one of the folders of the data set; toy: weave, grain or gear")
+    add("--category", help="one of the folders of the data set, or all; toy: gear (default; mala: all), grain, weave")
     add("--split", help="mt: grouped (default), differnet or mala100")
     add("--data-root", metavar="DIR", help="folder of the data set; for mt also the variable VITAD_MT_ROOT")
     add("--skip-bad", action="store_true", help="leave unreadable images out and count them in the record")

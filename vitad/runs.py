@@ -52,7 +52,8 @@ def run(
 
     Args:
         method: name in `vitad.methods.METHODS`.
-        dataset, category, split, data_root, skip_bad: as in `vitad.data.load`.
+        dataset, category, split, data_root, skip_bad: as in `vitad.data.load`. Without a category a method takes its
+            own default before that of the data set: `mala` takes all. Figures of several categories are their means.
         preset, overrides: see `vitad.settings.resolve`.
         seed: initial weights, order of the images, every random choice.
         device: `auto` (CUDA where there is one), `cpu` or `cuda`.
@@ -67,6 +68,7 @@ def run(
     overrides = parse_overrides(overrides)
     settings = resolve(module.Settings, module.PRESETS, preset, overrides)
     seed, device = check_seed(seed), find_device(device)
+    category = category or getattr(module, "CATEGORY", None)
     root, category, split, train_records, test_records = data.find(dataset, data_root, category, split)
 
     out = Path(out).expanduser()
@@ -111,8 +113,11 @@ def run(
         test = sets.test
         # A defect whose mask is empty, as published or after the resize, would pass for background.
         located = (test.labels == 0) | test.masks.any((1, 2))
-        masks = test.masks[located] if test.has_masks else None
-        metrics = evaluate(maps[located], masks, scores, test.labels, PRO_LIMIT)
+        by_category = {
+            category: _figures(test, maps, scores, test.categories == category, located)
+            for category in dict.fromkeys(test.categories.tolist())
+        }
+        metrics = _means(list(by_category.values()))
         times["evaluate"] = time.monotonic()
         observed = model.observe(sets.train, device) if hasattr(model, "observe") else {}
 
@@ -139,6 +144,7 @@ def run(
             },
             "weights": {"asked": str(weights), **model.weights},
             "metrics": metrics,
+            **({"metrics_by_category": by_category} if len(by_category) > 1 else {}),
             "counts": {
                 "train": len(sets.train),
                 "test_good": int((test.labels == 0).sum()),
@@ -224,7 +230,7 @@ def committed_seeds(method, dataset="toy", category=None, split=None, data_root=
     """
     module = methods.get(method)
     settings = as_json(resolve(module.Settings, module.PRESETS, preset, parse_overrides(overrides)))
-    category, split = data.part(dataset, category, split)
+    category, split = data.part(dataset, category or getattr(module, "CATEGORY", None), split)
     asked = {"method": method, "category": category, "split": split, "settings": settings}
     return [r for r in committed(dataset) if all(r[k] == v for k, v in asked.items())]
 
@@ -395,6 +401,20 @@ def _tidy(out):
         half.unlink()
 
 
+def _figures(test, maps, scores, here, located):
+    """The four figures of one category: of the images `here`, and of the pixels of those that are also `located`."""
+    has_masks = any(r.mask for r, chosen in zip(test.records, here, strict=True) if chosen)
+    pixels = here & located
+    masks = test.masks[pixels] if has_masks else None
+    return evaluate(maps[pixels], masks, scores[here], test.labels[here], PRO_LIMIT)
+
+
+def _means(figures):
+    """Mean over categories; a figure that one of them does not have has none."""
+    columns = {name: [f[name] for f in figures] for name in figures[0]}
+    return {name: None if None in column else float(np.mean(column)) for name, column in columns.items()}
+
+
 def _fingerprint(root, *lists):
     """Hash of the relative names and sizes of all files of the split, so that other data is another run."""
     digest = hashlib.sha256()
@@ -431,7 +451,12 @@ def _write_history(path, history):
 
 
 def _draw_heatmaps(path, test, maps, scores):
-    chosen = plots.examples(test.labels, test.defects, per_kind=2, good=2, order=scores)
+    categories = dict.fromkeys(test.categories.tolist())
+    each, chosen = 1 if len(categories) > 1 else 2, []
+    for category in categories:
+        here = np.flatnonzero(test.categories == category)
+        few = plots.examples(test.labels[here], test.defects[here], per_kind=each, good=each, order=scores[here])
+        chosen += here[few].tolist()
     images = test.batch(chosen)["image"].numpy()
     titles = [f"{test.defects[i]}\n{scores[i]:.3g}" for i in chosen]
     limits, width = plots.heat_range(maps), 1.1 * len(chosen)

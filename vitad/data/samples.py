@@ -40,6 +40,7 @@ class Record:
     label: int  # 0 normal, 1 anomalous, from the folder or the split file, never from the mask
     defect: str  # "good" or the kind of defect
     mask: Path | None = None  # None: no anomalous pixel (normal images), or no mask known
+    category: str = ""  # dataset/category, from `vitad.data.find`
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class ImageSet(Dataset):
 
     Items are dicts `image (3,H,W) float32 in [0,1], mask (1,H,W) bool, label int, path str, defect str`;
     paths are relative to `root`. `has_masks` is False where no anomalous image has a mask file.
-    `skipped` lists the unreadable files that `skip_bad` left out.
+    `categories` has the key dataset/category of each. `skipped` lists the unreadable files that `skip_bad` left out.
     """
 
     def __init__(self, records, root, image_size, mask_threshold=0, skip_bad=False, limit=MEMORY_LIMIT):
@@ -71,6 +72,7 @@ class ImageSet(Dataset):
         ]
         self.labels = np.array([r.label for r in self.records], dtype=np.int64)
         self.defects = np.array([r.defect for r in self.records], dtype=str)
+        self.categories = np.array([r.category for r in self.records], dtype=str)
         self.paths = np.array([r.path.relative_to(self.root).as_posix() for r in self.records], dtype=str)
         self.has_masks = any(r.mask for r in self.records)
 

@@ -29,12 +29,13 @@ from vitad.files import read_safetensors, sha256
 from vitad.training import Phase, warm_up_then_cosine
 
 PAPER = "Chen et al. 2023, MALA, IEEE Access 11"
+CATEGORY = "all"  # one model for all categories is the paper's point
 
 
 @dataclass(frozen=True)
 class Settings:
     encoder: str = "vit_large_patch16_224.mae"  # sec. IV-C: 24 blocks, width 1024, a grid of 14 x 14, from MAE
-    depth: int | None = None  # blocks of the encoder; as many as it has
+    depth: int | None = None  # ours: only the first blocks of the encoder; all by default
     pretrained: bool = True  # sec. IV-C: ImageNet-1k, encoder and decoder
     image_size: int = 224  # sec. IV-C
     decoder_width: int = 512  # sec. IV-C
@@ -157,8 +158,10 @@ class Model(nn.Module):
         self.settings = s = settings
         _check(s)
         source = str(weights) if s.pretrained else "random"
-        depth = {} if s.depth is None else {"depth": s.depth}
-        self.encoder, self.weights = vit(s.encoder, s.image_size, source if source == "auto" else "random", **depth)
+        self.encoder, self.weights = vit(s.encoder, s.image_size, source if source == "auto" else "random")
+        if s.depth is not None and not 1 <= s.depth <= len(self.encoder.blocks):
+            raise UserError(f"depth={s.depth}: {s.encoder} has 1 to {len(self.encoder.blocks)} blocks.")
+        self.encoder.blocks = self.encoder.blocks[: s.depth]
         (P, _), self.grid = self.encoder.patch_embed.patch_size, self.encoder.patch_embed.grid_size
         D_e, D_d = self.encoder.embed_dim, s.decoder_width
         positions = sincos(self.grid, D_e)
@@ -274,8 +277,7 @@ class Model(nn.Module):
     def prepare(self, images, device):
         """Draw the images of both stages, as many of each category; find the foreground of those to be damaged."""
         s = self.settings
-        categories = np.zeros(len(images))  # so far a data set has one
-        self.chosen = {1: draw(categories, s.stage1_images), 2: draw(categories, s.stage2_images)}
+        self.chosen = {1: draw(images.categories, s.stage1_images), 2: draw(images.categories, s.stage2_images)}
         if s.pipeline == "e2e" and s.mode != "global":
             self.foreground = torch.cat([foreground_mask(images.batch([i])["image"]) for i in self.chosen[2]])
 
