@@ -54,7 +54,6 @@ def test_tokens_are_those_of_the_chosen_blocks_without_class_token(gears):
         second, fifth = intermediate(model.tokenizer, normalise(images), [2, 5])
     assert second.shape == (3, 16, 64)
     torch.testing.assert_close(model.tokens(images), (second + fifth) / 2)
-    torch.testing.assert_close(make(blocks=(5, 2), combine="concat").tokens(images), torch.cat([second, fifth], -1))
 
 
 def test_standardised_tokens_have_mean_0_and_deviation_1_over_the_training_images(gears):
@@ -63,16 +62,6 @@ def test_standardised_tokens_have_mean_0_and_deviation_1_over_the_training_image
     np.testing.assert_allclose(tokens.mean(0), 0, atol=0.01)
     np.testing.assert_allclose(tokens.std(0), 1, atol=0.01)
     assert prepared(gears).mean.eq(0).all() and prepared(gears).std.eq(1).all()
-
-
-def test_centred_tokens_do_not_show_what_a_whole_image_has_in_common(gears):
-    model, raw = make(centre=True), torch.randn(2, 3, 16, 64)
-    raw[:, :, :7] += 3  # fewer than half of the tokens do not move the others
-    torch.testing.assert_close(model._combine(raw + torch.randn(1, 3, 1, 64)), model._combine(raw))
-    assert not model.tokens(gears.test.batch([0, 1])["image"]).median(1).values.any()
-    model = prepared(gears, centre=True, standardise=True)
-    tokens = model.tokens(gears.train.batch(range(len(gears.train)))["image"]).flatten(0, 1)
-    np.testing.assert_allclose(tokens.mean(0), 0, atol=0.01)
 
 
 def test_the_tokenizer_stays_as_it_is(gears):
@@ -322,22 +311,49 @@ def test_losses_follow_their_formulas(gears):
     assert losses["l1"] == pytest.approx(np.abs(p - M).mean(), rel=1e-4)
 
 
-def test_map_is_the_smoothed_probability_or_the_smoothed_distance(gears):
-    images = gears.test.batch(range(3))["image"]
-    model = make(sigma=1.5)
+def test_balanced_loss_gives_the_damage_of_each_image_half_of_the_weight(gears):
+    model = make(damage=0.5, kinds=("patch", "pit"), mask_max=0.0, pool=0, seg_loss="balanced")
+    batch = gears.train.batch(range(12))
+    torch.manual_seed(3)
     with torch.no_grad():
-        seen, maps = model.predict(images), model.anomaly_map(images)
-        p = model._segment(seen["t_a"], seen["t_hat"]).numpy()
-    assert 0 < p.min() < p.max() < 1
-    np.testing.assert_allclose(maps, [gaussian_filter(m, 1.5) for m in p], rtol=1e-4)
+        losses = model.losses(batch)
+        torch.manual_seed(3)
+        t, t_a, M = model.pairs(batch)
+        p = model._segment(t_a, model.reconstruction(t_a)).double().numpy()
+    assert set(losses) == {"cosine", "smooth_l1", "segmentation"}
+    each = []
+    for q, m in zip(p, M.numpy(), strict=True):
+        if m.any():
+            assert m.mean() > 1e-3
+            each.append(-(np.log(q[m]).mean() + np.log(1 - q[~m]).mean()) / 2)
+        else:
+            each.append(-np.log(1 - q).mean() / 2)
+    assert 0 < M.any((1, 2)).sum() < 12
+    assert losses["segmentation"].item() == pytest.approx(np.mean(each), rel=1e-4)
 
-    model = make(sigma=1.5, segment=False)
+
+@pytest.mark.parametrize("parts", ["segmentation", "distance", "product"])
+def test_map_is_smoothed_probability_distance_or_product(gears, parts):
+    images = gears.test.batch(range(3))["image"]
+    model = make(sigma=1.5, segment=parts != "distance", product=parts == "product")
     with torch.no_grad():
         seen, maps = model.predict(images), model.anomaly_map(images)
     t_a, t_hat = seen["t_a"].double(), seen["t_hat"].double()
     distance = 1 - (t_a * t_hat).sum(-1) / t_a.norm(dim=-1) / t_hat.norm(dim=-1)
-    up = nn.functional.interpolate(distance.view(3, 1, 4, 4), (64, 64), mode="bilinear")[:, 0]
-    np.testing.assert_allclose(maps, [gaussian_filter(m, 1.5) for m in up.numpy()], rtol=1e-4)
+    distance = nn.functional.interpolate(distance.view(3, 1, 4, 4), (64, 64), mode="bilinear")[:, 0].numpy()
+    p = 1
+    if parts != "distance":
+        with torch.no_grad():
+            p = model._segment(seen["t_a"], seen["t_hat"]).double().numpy()
+        assert 0 < p.min() < p.max() < 1
+    expected = p if parts == "segmentation" else p * distance
+    np.testing.assert_allclose(maps, [gaussian_filter(m, 1.5) for m in expected], rtol=1e-4)
+
+
+def test_without_reconstruction_there_is_no_product(gears):
+    images = gears.test.batch(range(2))["image"]
+    maps = [make(reconstruct=False, product=product).anomaly_map(images) for product in (False, True)]
+    assert torch.equal(*maps)
 
 
 def test_image_scores():

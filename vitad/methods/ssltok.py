@@ -30,7 +30,8 @@ from vitad.training import Phase, autocast, warm_up_then_cosine
 
 PAPER = "in the manner of Kim & Kwon 2024, IEEE Access 12, 127604-127613"
 CACHE_BYTES = 8 * 2**30  # of tokens and masks kept in the host's memory
-EPS = 1e-5  # probabilities stay this far from 0 and 1 in the focal loss
+EPS = 1e-5  # probabilities stay this far from 0 and 1 in the losses
+AREA = 1e-3  # share of an image below which its damage weighs less in the balanced loss
 
 
 @dataclass(frozen=True)
@@ -40,10 +41,8 @@ class Settings:
     tokenizer: str = DINOV2_S14  # abstract: a self-supervised ViT
     pretrained: bool = True  # abstract
     image_size: int = 224
-    blocks: tuple[int, ...] = (12,)  # their outputs, each after the last layer norm
-    combine: Literal["mean", "concat"] = "mean"  # of the blocks; concat makes tokens of that many times the width
-    centre: bool = False  # less each channel's median over the image: what a whole image has in common drops out
-    standardise: bool = False  # then each channel by mean and standard deviation over the training images
+    blocks: tuple[int, ...] = (12,)  # mean of their outputs, each after the last layer norm
+    standardise: bool = False  # each channel by mean and standard deviation over the training images
     # damage, see data/synthesis.py
     damage: float = 0.5  # probability of an image to be damaged
     kinds: tuple[str, ...] = ("perlin",)
@@ -61,6 +60,9 @@ class Settings:
     # segmentation
     segment: bool = True
     seg_width: int = 256
+    seg_loss: Literal["focal", "balanced"] = (
+        "focal"  # balanced: half of it is for the damage
+    )
     use_diff: bool = True
     detach_rec: bool = False  # on: the segmentation loss does not reach R
     # training
@@ -71,6 +73,7 @@ class Settings:
     weight_decay: float = 0.05
     warm_up: float = 0.05  # share of the steps
     # score
+    product: bool = False  # map times the distance of given and predicted tokens: marked by both networks
     sigma: float = 4.0  # smoothing of the map, px
     score: Literal["window", "top"] = "window"  # window: highest mean over a square, as DRAEM; top: mean of the highest
     window: int = 21  # side of the square, px
@@ -80,10 +83,10 @@ class Settings:
 
 PRESETS = {
     "paper": {},
-    # For two cores and MT. Not settled: so far only first looks at held-out tiles, in results/ssltok-selection.
+    # For two cores: a pool of damage, narrow subnetworks, few steps; middle blocks keep what the last ones give up.
+    # Chosen on synthetic damage of held-out tiles: see results/ssltok-selection.
     "small": {
-        "blocks": (2, 4, 6, 8),
-        "combine": "concat",
+        "blocks": (4, 6, 8),
         "standardise": True,
         "kinds": ("crack", "crack", "crack", "pit", "pit", "pit", "patch", "patch", "patch", "fray", "fray")
         + ("perlin", "perlin", "paste"),
@@ -93,12 +96,14 @@ PRESETS = {
         "depth": 2,
         "heads": 6,
         "seg_width": 64,
+        "seg_loss": "balanced",
+        "detach_rec": True,
         "epochs": 10,
         "min_steps": 0,
         "lr": 1e-3,
+        "product": True,
         "score": "top",
     },
-    # For two cores: middle blocks keep the detail that the last ones give up; narrow subnetworks, few steps, a pool.
     "demo": {
         "blocks": (4, 6, 8),
         "standardise": True,
@@ -108,10 +113,14 @@ PRESETS = {
         "depth": 2,
         "heads": 4,
         "seg_width": 64,
+        "seg_loss": "balanced",
+        "detach_rec": True,
         "epochs": 16,
         "min_steps": 0,
         "batch_size": 8,
         "lr": 1e-3,
+        "product": True,
+        "score": "top",
     },
     "smoke": {
         "tokenizer": "test_vit",
@@ -159,8 +168,6 @@ class Model(nn.Module):
         if not s.blocks or not all(1 <= b <= layers for b in s.blocks):
             raise UserError(f"blocks={s.blocks}: {s.tokenizer} has blocks 1 to {layers}.")
         D, grid = self.tokenizer.embed_dim, self.tokenizer.patch_embed.grid_size
-        if s.combine == "concat":
-            D *= len(set(s.blocks))
         self.register_buffer("mean", torch.zeros(D))
         self.register_buffer("std", torch.ones(D))
         self.synthesis = Synthesis(s.kinds, 1.0, s.mode, s.textures, keep_grey=s.keep_grey)
@@ -191,12 +198,7 @@ class Model(nn.Module):
     def _raw_tokens(self, images):
         with autocast(images.device, self.settings.amp):
             outputs = intermediate(self.tokenizer, normalise(images), sorted(set(self.settings.blocks)))
-        return self._combine(torch.stack(outputs).float())
-
-    def _combine(self, outputs):
-        """(blocks,B,N,D) -> (B,N,D) or (B,N,blocks * D)"""
-        tokens = outputs.mean(0) if self.settings.combine == "mean" else torch.cat(list(outputs), -1)
-        return tokens - tokens.median(1, keepdim=True).values if self.settings.centre else tokens
+        return torch.stack(outputs).float().mean(0)
 
     def _standard(self, tokens):
         return (tokens - self.mean) / self.std
@@ -280,8 +282,13 @@ class Model(nn.Module):
         if self.segmentation:
             p = self._segment(t_a, t_hat.detach() if s.reconstruct and s.detach_rec else t_hat)
             p_true = torch.where(M, p, 1 - p).clamp(EPS, 1 - EPS)
-            losses["focal"] = ((1 - p_true).square() * -p_true.log()).mean()  # gamma 2, no alpha
-            losses["l1"] = (p - M.float()).abs().mean()
+            if s.seg_loss == "balanced":
+                area = M.float().mean((1, 2), keepdim=True)
+                weight = torch.where(M, 0.5 / area.clamp_min(AREA), 0.5 / (1 - area).clamp_min(AREA))
+                losses["segmentation"] = (weight * -p_true.log()).mean()
+            else:
+                losses["focal"] = ((1 - p_true).square() * -p_true.log()).mean()  # gamma 2, no alpha
+                losses["l1"] = (p - M.float()).abs().mean()
         return losses
 
     def _segment(self, t_a, t_hat):
@@ -313,14 +320,16 @@ class Model(nn.Module):
         return self._predict(self.tokens(images), images.shape[-2:])
 
     def _predict(self, t_a, size):
-        t_hat = self.reconstruction(t_a) if self.reconstruction else None
+        s, t_hat, factors = self.settings, None, []
+        if self.reconstruction:
+            t_hat = self.reconstruction(t_a)
         if self.segmentation:
-            p = self._segment(t_a, t_hat)
-        else:
+            factors.append(self._segment(t_a, t_hat))
+        if self.reconstruction and (s.product or not self.segmentation):
             distance = 1 - F.cosine_similarity(t_a, t_hat, dim=-1)
             distance = distance.view(-1, 1, *self.tokenizer.patch_embed.grid_size)
-            p = F.interpolate(distance, size, mode="bilinear", align_corners=False)[:, 0]
-        return {"t_a": t_a, "t_hat": t_hat, "map": p}
+            factors.append(F.interpolate(distance, size, mode="bilinear", align_corners=False)[:, 0])
+        return {"t_a": t_a, "t_hat": t_hat, "map": math.prod(factors)}
 
     def anomaly_map(self, images):
         """(B,3,S,S) -> (B,S,S)"""
