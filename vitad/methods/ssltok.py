@@ -316,20 +316,27 @@ class Model(nn.Module):
     # --- score ---
 
     def predict(self, images):
-        """(B,3,S,S) -> dict of `t_a`, `t_hat` (B,N,D; None without R) and the unsmoothed `map` (B,S,S)."""
+        """(B,3,S,S) -> dict of the tokens `t_a` and `t_hat` (B,N,D) and of three maps (B,S,S), none smoothed.
+
+        `distance` of both kinds of tokens, 1 - cosine; `segmented`, the probability that G gives; and `map`, the one of
+        them that there is, their product, or G's. Without R `t_hat` and `distance` are None, without G `segmented` is.
+        """
         return self._predict(self.tokens(images), images.shape[-2:])
 
     def _predict(self, t_a, size):
-        s, t_hat, factors = self.settings, None, []
+        t_hat = distance = segmented = None
         if self.reconstruction:
             t_hat = self.reconstruction(t_a)
-        if self.segmentation:
-            factors.append(self._segment(t_a, t_hat))
-        if self.reconstruction and (s.product or not self.segmentation):
             distance = 1 - F.cosine_similarity(t_a, t_hat, dim=-1)
             distance = distance.view(-1, 1, *self.tokenizer.patch_embed.grid_size)
-            factors.append(F.interpolate(distance, size, mode="bilinear", align_corners=False)[:, 0])
-        return {"t_a": t_a, "t_hat": t_hat, "map": math.prod(factors)}
+            distance = F.interpolate(distance, size, mode="bilinear", align_corners=False)[:, 0]
+        if self.segmentation:
+            segmented = self._segment(t_a, t_hat)
+        if segmented is None or distance is None:
+            found = distance if segmented is None else segmented
+        else:
+            found = segmented * distance if self.settings.product else segmented
+        return {"t_a": t_a, "t_hat": t_hat, "distance": distance, "segmented": segmented, "map": found}
 
     def anomaly_map(self, images):
         """(B,3,S,S) -> (B,S,S)"""
