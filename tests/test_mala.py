@@ -444,6 +444,24 @@ def test_the_encoder_stays_as_stage_1_left_it(gears):
     assert same == {"pos_embed", "pred"}
 
 
+def test_stage_1_can_leave_the_encoder_as_it_comes(gears):
+    model = make(stage1_encoder=False)
+    encoder, decoder, judge = state(model.encoder), state(model.decoder), state(model.plpm)
+    model.stage1_losses(gears.train.batch(range(4)))["l1"].backward()
+    assert all(p.grad is None for p in model.encoder.parameters())
+    train(model, gears.train, 0, CPU, amp=False)
+    assert equal(state(model.encoder), encoder)
+    assert not equal(state(model.decoder), decoder) and not equal(state(model.plpm), judge)
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_grey_images_can_stay_grey(keep, gears):
+    grey = {"image": gears.train.batch(range(12))["image"][:, :1].expand(-1, 3, -1, -1)}
+    damaged = make(keep_grey=keep, mode="global").damaged(grey)
+    assert damaged["mask"].any()
+    assert torch.equal(damaged["image"][:, 0], damaged["image"][:, 2]) == keep
+
+
 def test_without_stage_1_the_encoder_is_never_trained(gears):
     model = make(stage1=False)
     before = state(model.encoder)
