@@ -1,13 +1,20 @@
-"""Tables of the book, made of run records: nothing here is typed."""
+"""Tables of the book, made of run records or measured: nothing here is typed."""
 
 import json
+import time
 
 import numpy as np
 import pandas as pd
+import torch
 from scipy import stats
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
-from vitad.runs import committed_seeds
-from vitad.settings import parse_overrides
+from vitad import methods
+from vitad.errors import UserError
+from vitad.runs import committed_seeds, find_device
+from vitad.settings import parse_overrides, resolve
+from vitad.training import autocast
 
 METRIC_NAMES = {"image_auroc": "image AUROC", "pixel_auroc": "pixel AUROC", "pixel_ap": "pixel AP", "pro": "PRO"}
 
@@ -41,6 +48,66 @@ def over_seeds(records):
     result = groups[names].agg(_mean_and_spread)
     result.insert(0, "seeds", groups.size())
     return result.reset_index().drop(columns="settings")
+
+
+def by_category(records):
+    """One line for each category and kind of run: the figures of that category, mean and standard deviation over seeds.
+
+    A run over one category stands beside those that one model of all categories gives.
+    """
+    rows = []
+    for r in records:
+        own = "/".join(filter(None, (r["dataset"], r["category"])))
+        for category, figures in r.get("metrics_by_category", {own: r["metrics"]}).items():
+            rows.append({"category": category, "method": r["method"], "trained on": own, **figures})
+    groups = pd.DataFrame(rows).groupby(["category", "method", "trained on"], sort=False)
+    result = groups[list(METRIC_NAMES)].agg(_mean_and_spread).rename(columns=METRIC_NAMES)
+    result.insert(0, "seeds", groups.size())
+    return result
+
+
+def cost(names, image_size=256, preset="paper", device="auto"):
+    """What a test image costs: parameters, multiply-adds and images a second here, one at a time, of each method.
+
+    Weights are random and nothing is trained, which changes none of it. Where patches do not divide `image_size`, the
+    next smaller size that they do divide is taken.
+    """
+    device = find_device(device)
+    rows = {}
+    for name in names:
+        model, px = _untrained(methods.get(name), image_size, preset)
+        model = model.to(device).eval()
+        if name == "patchknn":
+            bank = torch.randn(model.settings.bank_size, model.bank.shape[1], device=device)
+            model.bank = torch.nn.functional.normalize(bank)
+        image, seconds = torch.rand(1, 3, px, px, device=device), []
+        with torch.no_grad(), autocast(device, model.settings.amp):
+            # The counter does not see fused attention. This round also warms up.
+            with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+                model.anomaly_map(image)
+            while len(seconds) < 10 and sum(seconds) < 1:
+                began = time.perf_counter()
+                float(model.anomaly_map(image).sum())  # waits for the device
+                seconds.append(time.perf_counter() - began)
+        rows[name] = {
+            "px": px,
+            "parameters, million": round(sum(p.numel() for p in model.parameters()) / 1e6, 1),
+            "multiply-adds, billion": round(counter.get_total_flops() / 2e9, 1),
+            "images a second": float(f"{1 / min(seconds):.2g}"),
+        }
+    return pd.DataFrame.from_dict(rows, orient="index")
+
+
+def _untrained(module, image_size, preset):
+    """(model, side in px)"""
+    untrained = {"pretrained": False} if hasattr(module.Settings, "pretrained") else {}
+    for px in range(image_size, image_size - 16, -1):
+        try:
+            settings = resolve(module.Settings, module.PRESETS, preset, untrained | {"image_size": px})
+            return module.Model(settings, "random"), px
+        except UserError as e:
+            refused = e
+    raise refused
 
 
 def across_splits(records, honest, other):

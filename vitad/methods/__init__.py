@@ -7,6 +7,7 @@ phases() -> list of `training.Phase`      empty where nothing is trained; of sev
 prepare(images, device)                   optional: one look at the training `ImageSet` before training
 observe(images, device) -> dict           optional: what else the record counts, from the training `ImageSet` after it
 settings, weights, protocol               what goes into the run record
+`CATEGORY` of the module, where it has one, is taken when none is asked for.
 """
 
 from importlib import import_module
