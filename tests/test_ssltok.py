@@ -350,6 +350,22 @@ def test_map_is_smoothed_probability_distance_or_product(gears, parts):
     np.testing.assert_allclose(maps, [gaussian_filter(m, 1.5) for m in expected], rtol=1e-4)
 
 
+def test_hidden_tokens_are_predicted_unseen(gears):
+    torch.manual_seed(0)
+    t_a = torch.randn(2, 16, 64)
+    model = make(hidden_parts=4)
+    with torch.no_grad():
+        t_hat = model._reconstruct(t_a)
+        for n in range(16):
+            other = t_a.clone()
+            other[:, n] += 5
+            moved = (model._reconstruct(other) - t_hat).abs().amax((0, 2)) > 1e-6
+            assert not moved[n] and moved.sum() == 12  # the part that it is hidden with does not see it either
+        everything = make(hidden_parts=1)._reconstruct(t_a)
+        assert torch.equal(everything, model.reconstruction(t_a, torch.ones(2, 16, dtype=torch.bool)))
+        assert torch.equal(make()._reconstruct(t_a), model.reconstruction(t_a))
+
+
 def test_without_reconstruction_there_is_no_product(gears):
     images = gears.test.batch(range(2))["image"]
     maps = [make(reconstruct=False, product=product).anomaly_map(images) for product in (False, True)]
