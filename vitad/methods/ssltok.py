@@ -148,7 +148,7 @@ VARIANTS = {
     "full": {},
     "no_seg": {"segment": False},  # the map is the cosine distance of t_a and t_hat
     "no_rec": {"reconstruct": False},  # G sees t_a alone
-    "no_mask": {"mask_max": 0.0},
+    "no_mask": {"mask_max": 0.0, "hidden_parts": 0},  # what was never hidden in training cannot be asked for unseen
     "no_synth": {"damage": 0.0, "segment": False},  # masking alone; without damage G has nothing to learn from
 }
 
