@@ -27,7 +27,7 @@ KEYS = [
     *("method", "paper", "dataset", "category", "split", "preset", "seed", "settings", "overrides"),
     *("protocol", "weights", "metrics", "counts", "timings", "environment", "git", "finished"),
 ]
-FILES = {"record.json", "maps.npz", "checkpoint.safetensors", "heatmaps.png"}
+FILES = {"record.json", "maps.npz", "scores.csv", "checkpoint.safetensors", "heatmaps.png"}
 
 
 @pytest.fixture(scope="module", params=methods.METHODS)
@@ -344,6 +344,7 @@ def test_a_finished_run_returns_at_once(smoke, tmp_path, monkeypatch):
     [
         ("checkpoint.safetensors", False),
         ("maps.npz", True),
+        ("scores.csv", False),
         ("history.csv", False),
         ("heatmaps.png", False),
         ("record.json", False),

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from sklearn.metrics import roc_auc_score
 
 from vitad import runs, tables
 from vitad.methods import mala
@@ -67,6 +68,22 @@ def test_one_model_for_all_stands_beside_one_for_each_category():
     assert shown.loc[("toy/gear", "a", "toy/all"), "image AUROC"] == "0.800 ± 0.141"
     assert shown.loc[("toy/gear", "a", "toy/gear"), "image AUROC"] == "0.700"
     assert shown["seeds"].tolist() == [2, 2, 1] and shown.loc[("toy/weave", "a", "toy/all"), "PRO"] == "–"
+
+
+def test_kinds_of_defects_are_told_apart(toy_root, tmp_path):
+    settings = dict(category="gear", data_root=toy_root, preset="smoke", device="cpu")
+    made = [
+        runs.run("patchknn", **settings, seed=s, out=tmp_path / str(s)) | {"folder": tmp_path / str(s)} for s in (0, 1)
+    ]
+    shown = tables.by_defect([*made, made[0] | {"folder": tmp_path}])
+    assert shown.columns.tolist() == ["misplaced", "missing", "scratch", "stain"]
+    figures = []
+    for r in made:
+        found = runs.read_maps(r["folder"])
+        part = np.isin(found["defects"], ["good", "stain"])
+        figures.append(roc_auc_score(found["labels"][part], found["scores"][part]))
+    mean, spread = np.mean(figures), np.std(figures, ddof=1)
+    assert shown.loc[("patchknn", 64), "stain"] == f"{mean:.3f} ± {spread:.3f}"
 
 
 def test_the_cost_of_an_image():

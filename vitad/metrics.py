@@ -50,7 +50,7 @@ def evaluate(maps, masks, scores, labels, pro_limit=0.3):
     if not isinstance(pro_limit, Real) or not 0 < pro_limit <= 1:
         raise UserError(f"pro_limit is {pro_limit!r}: it has to be a false-positive rate in (0, 1], such as 0.3.")
 
-    figures = dict(image_auroc=_auroc(scores, labels), pixel_auroc=None, pixel_ap=None, pro=None)
+    figures = dict(image_auroc=auroc(scores, labels), pixel_auroc=None, pixel_ap=None, pro=None)
     if masks is not None:
         masks = _masks(masks, maps)
         if masks.any() and not masks.all():
@@ -58,8 +58,13 @@ def evaluate(maps, masks, scores, labels, pro_limit=0.3):
     return figures
 
 
-def _auroc(scores, labels):
-    """Probability that an anomalous image scores above a good one; a tie counts half."""
+def auroc(scores, labels):
+    """Probability that an anomalous image scores above a good one; a tie counts half. None where one sort is missing.
+
+    Args:
+        scores: (n,) floats.
+        labels: (n,) bool, true where anomalous.
+    """
     if labels.all() or not labels.any():
         return None
     f0, f1 = _false_positive_rates(scores[labels], np.sort(scores[~labels]))

@@ -27,7 +27,7 @@ from vitad.training import autocast, train
 
 PRO_LIMIT = 0.3
 MASK_THRESHOLD = 0
-WRITTEN = ("checkpoint.safetensors", "maps.npz", "history.csv", "heatmaps.png")  # before the record
+WRITTEN = ("checkpoint.safetensors", "maps.npz", "scores.csv", "history.csv", "heatmaps.png")  # before the record
 
 
 def run(
@@ -47,8 +47,8 @@ def run(
 ):
     """Train and evaluate one method on one data set; returns the record.
 
-    Writes `record.json`, `maps.npz`, `checkpoint.safetensors`, `heatmaps.png` and `history.csv` to `out`. The record
-    comes last, so a folder that has one is finished. The same call again resumes, or returns at once.
+    Writes `record.json`, `maps.npz`, `scores.csv`, `checkpoint.safetensors`, `heatmaps.png` and `history.csv` to
+    `out`. The record comes last, so a folder that has one is finished. The same call again resumes, or returns at once.
 
     Args:
         method: name in `vitad.methods.METHODS`.
@@ -124,7 +124,8 @@ def run(
         about = {"vitad_method": method, "settings": json.dumps(asked["settings"])}
         write_safetensors(model.state_dict(), out / "checkpoint.safetensors", about)
         _write_maps(out / "maps.npz", test, maps, scores)
-        _write_history(out / "history.csv", history)
+        _write_rows(out / "scores.csv", _score_rows(test.paths, test.defects, test.labels, scores))
+        _write_rows(out / "history.csv", history)
         _draw_heatmaps(out / "heatmaps.png", test, maps, scores)
         record = {
             "method": method,
@@ -442,12 +443,17 @@ def _write_maps(path, test, maps, scores):
         np.savez(file, maps=maps, scores=scores, **named)
 
 
-def _write_history(path, history):
-    if history:
+def _score_rows(paths, defects, labels, scores):
+    found = zip(paths, defects, labels, scores, strict=True)
+    return [dict(image=str(p), defect=str(d), label=int(y), score=f"{s:.6g}") for p, d, y, s in found]
+
+
+def _write_rows(path, rows):
+    if rows:
         with whole(path) as aside, open(aside, "w", newline="") as file:
-            table = csv.DictWriter(file, list(dict.fromkeys(k for row in history for k in row)))
+            table = csv.DictWriter(file, list(dict.fromkeys(k for row in rows for k in row)))
             table.writeheader()
-            table.writerows(history)
+            table.writerows(rows)
 
 
 def _draw_heatmaps(path, test, maps, scores):

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vitad import methods
 from vitad.errors import UserError
+from vitad.metrics import auroc
 from vitad.runs import committed_seeds, find_device
 from vitad.settings import parse_overrides, resolve
 from vitad.training import autocast
@@ -64,6 +65,25 @@ def by_category(records):
     result = groups[list(METRIC_NAMES)].agg(_mean_and_spread).rename(columns=METRIC_NAMES)
     result.insert(0, "seeds", groups.size())
     return result
+
+
+def by_defect(records):
+    """Image AUROC of each kind of defect against all good images, mean and standard deviation over seeds.
+
+    From `scores.csv` beside the records; runs without one are left out.
+    """
+    rows = []
+    for r in records:
+        if not (path := r["folder"] / "scores.csv").exists():
+            continue
+        found = pd.read_csv(path)
+        for kind in sorted(set(found["defect"][found["label"] == 1])):
+            part = found[(found["label"] == 0) | (found["defect"] == kind)]
+            figure = auroc(part["score"].to_numpy(), part["label"].to_numpy(bool))
+            rows.append({"method": r["method"], "px": r["protocol"]["image_size"][0], "defect": kind, "figure": figure})
+    columns = ["method", "px", "defect", "figure"]
+    groups = pd.DataFrame(rows, columns=columns).groupby(columns[:3])["figure"]
+    return groups.agg(_mean_and_spread).unstack("defect")
 
 
 def cost(names, image_size=256, preset="paper", device="auto"):
