@@ -536,6 +536,46 @@ def test_the_command_line_draws_a_contact_sheet(toy_root, tmp_path, capsys):
         assert image.format == "PNG" and min(image.size) > 100
 
 
+def test_runs_are_compared_on_the_same_images(smoke, toy_root, tmp_path, monkeypatch, capsys):
+    smoke(out=tmp_path / "gear")
+    smoke("l2cae", out=tmp_path / "l2cae", category="all", overrides={"image_size": 128})
+    drawn = {}
+
+    def watch(images, masks, maps, titles, *_):
+        drawn.update(images=images, masks=masks, maps=maps, titles=titles)
+        return grid(images, masks, maps, titles, *_)
+
+    grid = runs.plots.heatmap_grid
+    monkeypatch.setattr(runs.plots, "heatmap_grid", watch)
+    sheet = tmp_path / "sheet.png"
+    command = f"compare {tmp_path}/gear {tmp_path}/l2cae --data-root {toy_root} --out {sheet}"
+    assert main(command.split()) == 0 and str(sheet) in capsys.readouterr().out
+    with Image.open(sheet) as image:
+        assert image.format == "PNG"
+    assert list(drawn["maps"]) == ["patchknn\n64 px", "l2cae\n128 px"]
+    kinds = sorted(set(drawn["titles"]) - {"good"})
+    assert drawn["titles"] == ["good"] * 2 + [k for k in kinds for _ in range(2)]
+    assert [bool(m.any()) for m in drawn["masks"]] == [t != "good" for t in drawn["titles"]]
+    for folder, shown in zip(("gear", "l2cae"), drawn["maps"].values(), strict=True):
+        found = runs.read_maps(tmp_path / folder)
+        test = data.load("toy", toy_root, "gear", image_size=128).test
+        for image, map_ in zip(drawn["images"], shown, strict=True):
+            number = next(i for i in range(len(test)) if np.array_equal(test.batch([i])["image"][0].numpy(), image))
+            (row,) = np.flatnonzero(found["paths"] == test.paths[number])
+            assert np.array_equal(found["maps"][row], map_)
+
+
+def test_runs_of_other_images_are_not_compared(smoke, tmp_path, capsys):
+    smoke(out=tmp_path / "gear")
+    smoke(out=tmp_path / "grain", category="grain")
+    sheet = tmp_path / "sheet.png"
+    assert main(["compare", str(tmp_path / "gear"), str(tmp_path / "grain"), "--out", str(sheet)]) == 2
+    assert "share no test images" in capsys.readouterr().err
+    (tmp_path / "grain" / "maps.npz").unlink()
+    assert main(["compare", str(tmp_path / "grain"), "--out", str(sheet)]) == 2
+    assert "holds no maps.npz" in capsys.readouterr().err and not sheet.exists()
+
+
 def test_the_device_is_found():
     assert runs.find_device("cpu").type == "cpu"
     assert runs.find_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,4 +1,4 @@
-"""The command line: `vitad run`, `vitad show`, `vitad data show|download|verify`."""
+"""The command line: `vitad run`, `vitad show`, `vitad compare`, `vitad data show|download|verify`."""
 
 import argparse
 import sys
@@ -77,6 +77,13 @@ def _figures(metrics):
     return ", ".join(f"{name} {'no value' if value is None else f'{value:.4f}'}" for name, value in metrics.items())
 
 
+def _compare(args):
+    from vitad.runs import compare
+
+    compare(args.runs, args.out, args.data_root)
+    print(f"sheet: {args.out}")
+
+
 def _data_show(args):
     from vitad import data, plots
 
@@ -131,6 +138,12 @@ def _parser():
     show = commands.add_parser("show", help="print the record of a run")
     show.add_argument("out", metavar="DIR")
     show.set_defaults(action=_show)
+
+    sheet = commands.add_parser("compare", help="draw the same test images as several runs see them")
+    sheet.add_argument("runs", nargs="+", metavar="DIR", help="folders of finished runs of one data set and split")
+    sheet.add_argument("--data-root", metavar="DIR", help="folder of the data set")
+    sheet.add_argument("--out", default="compare.png", metavar="FILE", help="default compare.png")
+    sheet.set_defaults(action=_compare)
 
     data = commands.add_parser("data", help="look at data sets, fetch and check published ones").add_subparsers(
         required=True, metavar="COMMAND"

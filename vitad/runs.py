@@ -270,8 +270,13 @@ def run_variants(method, variants, seeds, device="auto", out="runs/latest", over
 
 def read_maps(folder):
     """`maps.npz` of a run: dict of arrays `maps, masks, scores, labels, paths, defects`."""
-    with np.load(Path(folder) / "maps.npz") as file:
-        return dict(file)
+    try:
+        with np.load(Path(folder) / "maps.npz") as file:
+            return dict(file)
+    except FileNotFoundError:
+        raise UserError(
+            f"{folder} holds no maps.npz. Run it again: records that come with the book have none."
+        ) from None
 
 
 def read_history(folder):
@@ -281,6 +286,44 @@ def read_history(folder):
         return []
     with open(path, newline="") as file:
         return [{k: v if k == "phase" else float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
+
+
+def compare(folders, out, data_root=None, per_kind=2, good=2):
+    """Draw the same test images as several finished runs see them, one row a run, into the PNG file `out`.
+
+    Good images and every kind of defect are there, spread evenly over the ranking by the mean of the runs' ranks, so
+    that no run chooses. Each row has one colour scale of its own, since methods score on different scales.
+
+    Args:
+        folders: of the runs, with `record.json` and `maps.npz`; of one data set and one split.
+        data_root: folder of the data set, as in `vitad.data.load`.
+        per_kind, good: images of each kind of defect, and good ones.
+
+    Raises:
+        UserError: where runs have no maps, or share no test image.
+    """
+    records, maps = [read_record(f) for f in folders], [read_maps(f) for f in folders]
+    shared = set.intersection(*({str(p) for p in m["paths"]} for m in maps))
+    if not shared or len({(r["dataset"], r["split"]) for r in records}) > 1:
+        raise UserError("these runs share no test images. Give runs of one data set, one split and one category.")
+    rows = []  # of the shared images, in the order of their names
+    for m in maps:
+        number = {str(p): i for i, p in enumerate(m["paths"])}
+        rows.append(np.array([number[p] for p in sorted(shared)]))
+    labels, defects = (maps[0][k][rows[0]] for k in ("labels", "defects"))
+    ranks = [m["scores"][i].argsort().argsort() for m, i in zip(maps, rows, strict=True)]
+    chosen = plots.examples(labels, defects, per_kind, good, order=np.mean(ranks, 0))
+
+    best = max(records, key=lambda r: r["protocol"]["image_size"])
+    size, r = best["protocol"]["image_size"], records[0]
+    test = data.load(r["dataset"], data_root, r["category"], r["split"], size, MASK_THRESHOLD, skip_bad=True).test
+    number = {p: i for i, p in enumerate(test.paths)}
+    shown = [number[sorted(shared)[k]] for k in chosen]
+    names = [f"{r['method']}\n{r['protocol']['image_size'][0]} px" for r in records]
+    seen = {n: m["maps"][i[chosen]] for n, m, i in zip(names, maps, rows, strict=True)}
+    limits = {n: plots.heat_range(m["maps"]) for n, m in zip(names, maps, strict=True)}
+    images, titles = test.batch(shown)["image"].numpy(), [str(d) for d in defects[chosen]]
+    plots.save(plots.heatmap_grid(images, test.masks[shown], seen, titles, limits, 0.8 * len(chosen)), out, dpi=100)
 
 
 def find_device(name):
