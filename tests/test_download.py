@@ -242,13 +242,21 @@ def test_the_connection_dies_without_a_length(offered, place, server, monkeypatc
     assert "broke off" in line(capsys) and not (place / "btad").exists()
 
 
+def test_an_archive_that_was_kept_and_is_damaged_is_fetched_again(offered, place, server):
+    offered()
+    (place / ".btad.download").mkdir()
+    (place / ".btad.download" / "archive").write_bytes(b"damaged")
+    assert fetch(place / "btad") == 0 and server.asked == [None]
+
+
 @pytest.mark.parametrize("algorithm", ["sha256", "md5"])
 def test_another_file_is_recognised_and_deleted(algorithm, offered, place, server, capsys):
     content = offered(algorithm=algorithm)
     server.content = content[:-1] + b"?"
     assert fetch(place / "btad") == 2
     said = line(capsys)
-    assert f"has the {algorithm} " in said and "--url" in said and SOURCES["btad"].page in said
+    expected = hashlib.new(algorithm, content).hexdigest()
+    assert f"does not have the {algorithm} {expected}" in said and "--url" in said and SOURCES["btad"].page in said
     assert not list(place.iterdir())
     server.content = content
     assert fetch(place / "btad") == 0

@@ -1,11 +1,11 @@
 """Fetch a published data set: its licence accepted, its checksum compared, unpacked whole or not at all.
 
-The standard library's client is used, since a download of gigabytes has to go on where it broke off. Checksums come
-from public code (anomalib, torchvision); where none is known, the counts of images decide alone.
+pooch compares the checksum and gives the file its name. What it cannot do is added here: a download of gigabytes has
+to go on where it broke off. Checksums come from public code (anomalib, torchvision); where none is known, the counts of
+images decide alone.
 """
 
 import gzip
-import hashlib
 import lzma
 import shutil
 import stat
@@ -23,6 +23,7 @@ from urllib.error import HTTPError
 from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
+import pooch
 from tqdm import tqdm
 
 import vitad
@@ -127,8 +128,7 @@ def download(name, root, url=None, accept_licence=False, say=print):
     archive, unpacked = aside / "archive", aside / "unpacked"
     try:
         aside.mkdir(parents=True, exist_ok=True)
-        if not archive.exists():
-            fetch(url, archive, source)
+        fetch(url, archive, source)
         say("unpacking")
         try:
             unpack(archive, unpacked)
@@ -154,23 +154,26 @@ def download(name, root, url=None, accept_licence=False, say=print):
 
 
 def fetch(url, path, source):
-    """Download to `path`, going on where `<path>.part` ends, and compare the checksum."""
+    """Download to `path`, going on where `<path>.part` ends, unless a file with the right checksum is there."""
     part = path.with_name(f"{path.name}.part")
-    answer = _ask(url, part.stat().st_size if part.exists() else 0, source)
-    if answer and not _receive(answer, part):
-        size = part.stat().st_size / 1e6
-        raise UserError(f"the download broke off after {size:.1f} MB. The same command goes on from there.")
-    if source.checksum:
-        algorithm, expected = source.checksum.split(":")
-        with open(part, "rb") as file:
-            found = hashlib.file_digest(file, algorithm).hexdigest()
-        if found != expected:
-            part.unlink()
-            raise UserError(
-                f"{url} has the {algorithm} {found} instead of {expected}, so it is another file and was deleted. "
-                f"See {source.page} for the present address and give it with --url."
-            )
-    part.rename(path)
+
+    def go_on(url, whole, _):
+        answer = _ask(url, part.stat().st_size if part.exists() else 0, source)
+        if answer and not _receive(answer, part):
+            size = part.stat().st_size / 1e6
+            raise UserError(f"the download broke off after {size:.1f} MB. The same command goes on from there.")
+        part.replace(whole)
+
+    pooch.get_logger().setLevel("WARNING")
+    try:
+        pooch.retrieve(url, source.checksum, path.name, path.parent, downloader=go_on)
+    except UserError:
+        raise
+    except ValueError as e:  # which pooch raises for another checksum
+        raise UserError(
+            f"{url} does not have the {source.checksum.replace(':', ' ')}, so it is another file and was deleted. "
+            f"See {source.page} for the present address and give it with --url."
+        ) from e
 
 
 def _receive(answer, part):
