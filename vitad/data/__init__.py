@@ -15,7 +15,19 @@ from vitad.data import btad, folder, ksdd2, mt, mvtec, toy, visa
 from vitad.data.samples import ImageSet, Record, Split, cache_dir
 from vitad.errors import UserError, unknown
 
-__all__ = ["DATASETS", "ImageSet", "Record", "Split", "cache_dir", "describe", "find", "load", "locate", "part"]
+__all__ = [
+    "DATASETS",
+    "ImageSet",
+    "Record",
+    "Split",
+    "cache_dir",
+    "categories",
+    "describe",
+    "find",
+    "load",
+    "locate",
+    "part",
+]
 LAYOUTS = {"toy": folder, "mt": mt, "folder": folder, "mvtec": mvtec, "btad": btad, "visa": visa, "ksdd2": ksdd2}
 DATASETS = tuple(LAYOUTS)
 ALL = "all"
@@ -31,23 +43,23 @@ def find(name, root=None, category=None, split=None):
     """
     category, split = part(name, category, split)
     root = locate(name, root)
-    if name == "folder" and category == ALL and _categories(name, root) == [None]:
+    if name == "folder" and category == ALL and categories(name, root) == [None]:
         category = None
     train, test = [], []
     for one in name.split("+"):
         here = root / one if "+" in name else root
-        for c in _categories(one, here) if category == ALL else [category]:
+        for c in categories(one, here) if category == ALL else [category]:
             found = mt.records(here, split) if one == "mt" else LAYOUTS[one].records(here, c)
             for records, more in zip((train, test), found, strict=True):
                 records += [replace(r, category=f"{one}/{c}" if c else one) for r in more]
     return root, category, split, train, test
 
 
-def _categories(name, root):
-    """All of a data set; [None] where there are none."""
+def categories(name, root=None):
+    """All of a data set; [None] where there are none. Only those of `folder` have to be looked for in `root`."""
     if name == "toy":
         return list(toy.DEFECTS)
-    found = LAYOUTS[name].PUBLISHED or (folder.categories(root) if root.is_dir() else ())
+    found = LAYOUTS[name].PUBLISHED or (folder.categories(root) if root and root.is_dir() else ())
     return list(found) or [None]
 
 
