@@ -560,6 +560,15 @@ def test_a_run_broken_off_in_either_stage_ends_with_the_same_weights(stop, gears
     assert [r["phase"] for r in history] == ["stage1"] * 2 + ["stage2"] * 2
 
 
+def test_a_run_keeps_the_weights_behind_stage_1(toy_root, tmp_path):
+    runs.run("mala", data_root=toy_root, category="gear", preset="smoke", device="cpu", out=tmp_path)
+    one, two = (state(runs.load_model(tmp_path, "cpu", phase)) for phase in ("stage1", None))
+    moved = {k.split(".")[0] for k in one if not torch.equal(one[k], two[k])}
+    assert moved == {"decoder", "tbm"}, "the encoder is frozen, PLPM is not used any more"
+    with pytest.raises(UserError, match="checkpoint-stage3.safetensors does not exist"):
+        runs.load_model(tmp_path, "cpu", "stage3")
+
+
 # --- score ------------------------------------------------------------------------------------------------
 
 

@@ -76,8 +76,10 @@ def same_tensors(one, other):
 
 def test_a_run_leaves_its_files_and_nothing_else(finished):
     out, record = finished
-    trained = bool(record["counts"]["epochs"])
-    assert {p.name for p in out.iterdir()} == FILES | ({"history.csv"} if trained else set())
+    phases = list(dict.fromkeys(row["phase"] for row in runs.read_history(out)))
+    kept = {f"checkpoint-{phase}.safetensors" for phase in phases[:-1]}
+    assert {p.name for p in out.iterdir()} == FILES | kept | ({"history.csv"} if phases else set())
+    assert bool(phases) == bool(record["counts"]["epochs"]) and bool(kept) == (record["method"] == "mala")
     with Image.open(out / "heatmaps.png") as image:
         image.verify()
         assert image.format == "PNG" and min(image.size) > 100

@@ -1,6 +1,8 @@
 """The command line: `vitad run`, `vitad show`, `vitad compare`, `vitad data show|download|verify`."""
 
 import argparse
+import shlex
+import shutil
 import sys
 from pathlib import Path
 
@@ -9,7 +11,10 @@ from vitad.methods import METHODS
 
 
 def main(argv=None):
-    """Entry point; returns the exit status: 0, 1 where data differ from what is published, 2 after a user's mistake."""
+    """Entry point; returns the exit status: 0, 2 after a user's mistake.
+
+    1 where data differ from what is published, or where runs of a table failed.
+    """
     args = _parser().parse_args(argv)
     try:
         return args.action(args) or 0
@@ -84,6 +89,46 @@ def _compare(args):
     print(f"sheet: {args.out}")
 
 
+def _table(args):
+    from vitad import reproduce
+
+    options = {k: getattr(args, k) for k in ("dataset", "category", "split", "preset", "seeds")}
+    found = reproduce.existing(args.runs)
+    if args.name is None:
+        print(reproduce.contents(found, **options).to_string(index=False))
+        print("vitad table NAME lists its runs; --dataset toy or mt asks for them on data of this book")
+        return 0
+    asked = reproduce.requests(args.name, **options)
+    title = reproduce.title(args.name, asked)
+    print(title)
+    lines, left, basis = reproduce.overview(asked, found, args.device)
+    missing = [r for r in asked if r.digest not in found]
+    print(f"runs: {len(asked)} needed, {len(asked) - len(missing)} there, {len(missing)} missing")
+    print(lines.to_string(index=False))
+    failed = {}
+    if missing:
+        print(
+            f"time of the missing, one after another: {reproduce.duration(left)} by" if left else "no estimate:", basis
+        )
+        wanted = reproduce.data_missing(asked[0].dataset, args.data_root)
+        if args.run and wanted:
+            raise UserError(f"nothing can be run.\n{wanted}")
+        if args.run:
+            failed = reproduce.run_missing(asked, found, args.runs, args.data_root, args.device)
+        else:
+            example = missing[0].command(Path(args.runs) / missing[0].name, args.data_root)
+            print(*filter(None, (wanted, "run them: the same command with --run; a single one:")), sep="\n")
+            print(" ", shlex.join(example))
+    frame = reproduce.cells(args.name, found, **options)
+    print(f"\n{reproduce.text(frame, shutil.get_terminal_size((120, 24)).columns)}\n")
+    stem = Path(args.out or Path(args.runs) / "tables") / reproduce.stem(args.name, asked)
+    reproduce.write(frame, args.name, title, stem)
+    print(f"written: {stem}.csv, {stem}.md")
+    if failed:
+        print(f"vitad: {len(failed)} of {len(missing)} runs failed: {', '.join(failed)}", file=sys.stderr)
+    return int(bool(failed))
+
+
 def _data_show(args):
     from vitad import data, plots
 
@@ -144,6 +189,24 @@ def _parser():
     sheet.add_argument("--data-root", metavar="DIR", help="folder of the data set")
     sheet.add_argument("--out", default="compare.png", metavar="FILE", help="default compare.png")
     sheet.set_defaults(action=_compare)
+
+    table = commands.add_parser("table", help="run a table of a paper again, and set it beside what is printed")
+    table.add_argument("name", nargs="?", metavar="NAME", help="such as yang2024-6; without it all tables are listed")
+    table.add_argument("--dataset", help="run it on this data instead of the paper's: toy, mt, ...")
+    table.add_argument(
+        "--category",
+        help="one, or several with commas, or 'each' for a model each; default: each of a published data set, that of "
+        "the data set elsewhere; mala: all in one model",
+    )
+    table.add_argument("--split", help="mt: grouped (default), differnet or mala100 (default of mala2023-mt)")
+    table.add_argument("--data-root", metavar="DIR", help="folder of the data set; of mvtec+visa, that with both")
+    table.add_argument("--preset", help="default: paper; demo on toy and small on mt, as in the records of the book")
+    table.add_argument("--seeds", default=3, metavar="N", help="number of seeds, from 0 (default 3)")
+    table.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
+    table.add_argument("--runs", default="runs", metavar="DIR", help="folder of the runs (default runs)")
+    table.add_argument("--run", action="store_true", help="run what is missing; the same call again goes on")
+    table.add_argument("--out", metavar="DIR", help="where the table goes as CSV and Markdown (default RUNS/tables)")
+    table.set_defaults(action=_table)
 
     data = commands.add_parser("data", help="look at data sets, fetch and check published ones").add_subparsers(
         required=True, metavar="COMMAND"

@@ -1,4 +1,4 @@
-"""The papers' tables run again: which runs a table needs.
+"""The papers' tables run again: which runs a table needs, what they cost, and every cell reported and reproduced.
 
 A table is asked for by name, on the paper's data or on other data, and becomes a list of `Request`s. Settings are
 resolved when asked for, so that a changed preset or default is another run.
@@ -7,16 +7,28 @@ resolved when asked for, so that a changed preset or default is another run.
 import hashlib
 import json
 import re
+import traceback
+from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 
-from vitad import data, methods
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from vitad import data, methods, reported, runs
+from vitad.data import toy
+from vitad.data.download import SOURCES
 from vitad.errors import UserError, unknown
+from vitad.files import whole
 from vitad.methods import vitmem
-from vitad.runs import check_seed
 from vitad.settings import as_json, resolve
+from vitad.tables import METRIC_NAMES, markdown
 
 PRESETS = {"toy": "demo", "mt": "small"}  # where none is asked for; other data sets: `paper`
+FAITHFUL = ("paper", "legacy")  # presets whose figures can be held against a paper's
 EACH = "each"  # as a category: one model for each
+AVERAGE = "average"
 
 
 @dataclass(frozen=True)
@@ -111,7 +123,7 @@ class Request:
     def __post_init__(self):
         category = self.category or getattr(methods.get(self.method), "CATEGORY", None)
         category, split = data.part(self.dataset, category, self.split)
-        for key, value in {"category": category, "split": split, "seed": check_seed(self.seed)}.items():
+        for key, value in {"category": category, "split": split, "seed": runs.check_seed(self.seed)}.items():
             object.__setattr__(self, key, value)
         self.settings()
 
@@ -183,20 +195,25 @@ def requests(name, dataset=None, category=None, split=None, preset=None, seeds=3
         preset: by default `paper`, `demo` on `toy` and `small` on `mt`, as the records of the book were made.
         seeds: how many, from 0.
     """
+    found = [r for c in table(name).ours for r in _column(name, c, dataset, category, split, preset, seeds)]
+    return list({r.digest: r for r in found}.values())
+
+
+def _column(name, column, dataset, category, split, preset, seeds):
+    """The runs of one printed column."""
     asked = table(name)
+    method, overrides = asked.ours[column]
     dataset = dataset or asked.dataset
     if dataset == asked.dataset:
         split = split or asked.split
-    if check_seed(seeds) < 1:
-        raise UserError("a table needs at least 1 seed. Give --seeds N.")
+    if not str(seeds).isdecimal() or int(seeds) < 1:
+        raise UserError(f"seeds={seeds} is not usable. Give a whole number from 1.")
     preset = preset or PRESETS.get(dataset, "paper")
-    found = [
+    return [
         Request(method, dataset, trained_on, split, preset, seed, overrides)
-        for method, overrides in asked.ours.values()
         for trained_on in _models(method, dataset, category)
         for seed in range(int(seeds))
     ]
-    return list({r.digest: r for r in found}.values())
 
 
 def _models(method, dataset, category):
@@ -207,6 +224,415 @@ def _models(method, dataset, category):
     if category is None and (hasattr(methods.get(method), "CATEGORY") or dataset == "toy"):
         return [None]
     return [None] if "+" in dataset else data.categories(dataset)
+
+
+def existing(folder=None):
+    """{digest: record} of the runs at hand: those of the book and those below `folder`, which come first.
+
+    Runs with other weights than the tables ask for are left out.
+    """
+    own = runs.read_records(folder) if folder is not None and Path(folder).is_dir() else []
+    return {digest(r): r for r in [*runs.committed(), *own] if r["weights"]["asked"] == "auto"}
+
+
+def run_missing(asked, found, folder, data_root=None, device="auto", say=print):
+    """Run what is not among `found` and add it there; each run goes to `folder/<name>`, where it resumes.
+
+    A run that fails is told, with its traceback where it is not a user's mistake, and the others go on.
+
+    Returns:
+        {name: message} of those that failed.
+    """
+    missing, failed = [r for r in asked if r.digest not in found], {}
+    for k, request in enumerate(missing, 1):
+        left = [estimate(r, found.values(), device)[0] for r in missing[k - 1 :]]
+        time = f", about {duration(sum(left))} left" if None not in left else ""
+        say(f"[{k}/{len(missing)}] {request.name}{time}")
+        try:
+            found[request.digest] = runs.run(
+                request.method,
+                request.dataset,
+                request.category,
+                request.split,
+                data_root,
+                request.preset,
+                request.seed,
+                device,
+                request.overrides,
+                out=Path(folder) / request.name,
+            )
+        except Exception as e:  # whatever it is, it is this run's
+            failed[request.name] = str(e) if isinstance(e, UserError) else traceback.format_exc().rstrip()
+            say(f"failed: {failed[request.name]}")
+    return failed
+
+
+def data_missing(dataset, data_root=None):
+    """Where to get a data set whose folder is not at hand, as text; None where it is."""
+    try:
+        root = data.locate(dataset, data_root)
+        absent = [one for one in dataset.split("+") if not (root / one if "+" in dataset else root).is_dir()]
+        place = f" in {root}"
+    except UserError:
+        absent, place = dataset.split("+"), ""
+    lines = []
+    for one in absent:
+        lines.append(f"data: '{one}' is not at hand{place}. Give its folder with --data-root DIR.")
+        if source := SOURCES.get(one):
+            get = f"vitad data download {one} --root DIR" if source.url else f"git clone {source.page} DIR"
+            lines.append(f"  page {source.page}, licence {source.licence}")
+            lines.append(f"  {get}{'/' + one if '+' in dataset else ''}{' --accept-licence' if source.url else ''}")
+    return "\n".join(lines) or None
+
+
+# --- time --------------------------------------------------------------------------------------------------------
+
+
+def estimate(request, records, device="auto"):
+    """(seconds, basis) that a run takes by the records of such runs; (None, reason) where there are none.
+
+    Such runs have the same method, preset and image size; those of a machine like this one count before others. Their
+    time until the end of training is scaled by training images and epochs, the rest by test images, and the median
+    taken. A method that stops early, or trains on a share of the images, takes less.
+    """
+    settings = request.settings()
+    kind = (request.method, request.preset, settings["image_size"])
+    same = [r for r in records if (r["method"], r["preset"], r["settings"]["image_size"]) == kind]
+    if not same:
+        return None, f"no run of {request.method} with preset {request.preset} to go by, on any machine"
+    counts = _images(request, records)
+    if counts is None:
+        return None, f"the number of images of {request.dataset} is not known before the first run"
+    e = runs.environment(runs.find_device(device))
+    machines = Counter(_machine(r["environment"]) for r in same)
+    like_this = [m for m in machines if m.startswith(_machine(e, threads=False))]
+    machine = max(like_this or machines, key=machines.get)
+    seconds = []
+    for r in same:
+        if _machine(r["environment"]) == machine:
+            times, n = r["timings"], r["counts"]
+            fit = (times["prepare_s"] + times["train_s"]) / n["train"] / max(_epochs(r["settings"]), 1)
+            test = (times["load_s"] + times["score_s"] + times["evaluate_s"]) / (n["test_good"] + n["test_defective"])
+            seconds.append(fit * max(_epochs(settings), 1) * counts[0] + test * counts[1])
+    return float(np.median(seconds)), f"{len(seconds)} run{'s' * (len(seconds) > 1)} on {machine}"
+
+
+def duration(seconds):
+    """Seconds in words, to two digits: "40 s", "12 min", "3.5 h", "2.1 days"."""
+    for limit, unit, name in ((90, 1, "s"), (5400, 60, "min"), (48 * 3600, 3600, "h")):
+        if seconds < limit:
+            return f"{seconds / unit:.2g} {name}"
+    return f"{seconds / 86400:.3g} days"
+
+
+def _machine(e, threads=True):
+    return f"{e['device']}, {e['device_name']}, " + (f"{e['threads']} thread(s)" if threads else "")
+
+
+def _epochs(settings):
+    """Of all stages."""
+    return sum(v for k, v in settings.items() if k.endswith("epochs"))
+
+
+def _images(request, records=()):
+    """(train, test) numbers of images: as published, as generated, or as in a run on the same data; None: unknown."""
+    train, test = 0, 0
+    for one in request.dataset.split("+"):
+        chosen = data.categories(one) if request.category == data.ALL else [request.category]
+        if one == "toy":
+            train += toy.N_TRAIN * len(chosen)
+            test += sum(toy.N_GOOD + toy.N_DEFECT * len(toy.DEFECTS[c]) for c in chosen)
+            continue
+        published = data.LAYOUTS[one].PUBLISHED
+        if not all(("train", "good") in published.get(c, ()) for c in chosen):
+            where = ("dataset", "category", "split")
+            same = (r["counts"] for r in records if all(r[k] == getattr(request, k) for k in where))
+            return next(((n["train"], n["test_good"] + n["test_defective"]) for n in same), None)
+        for c in chosen:
+            train += published[c]["train", "good"]
+            test += sum(n for (part, _), n in published[c].items() if part == "test")
+    return train, test
+
+
+# --- cells -------------------------------------------------------------------------------------------------------
+
+COLUMNS = (
+    *("category", "column", "metric", "method", "reported", "recomputed", "reproduced", "spread", "seeds"),
+    *("difference", "tolerance", "verdict", "tier", "fill"),
+)
+
+
+def cells(name, found, dataset=None, category=None, split=None, preset=None, seeds=3):
+    """A table cell by cell, in percent.
+
+    Args:
+        name, dataset, category, split, preset, seeds: as in `requests`.
+        found: {digest: record}, as `existing` gives.
+
+    Returns:
+        DataFrame, one row for each category, printed column and metric:
+
+        * `reported`: as printed. `recomputed`: for an average, the mean of the printed rows, where there are rows.
+        * `reproduced`, `spread`, `seeds`: mean, standard deviation and number of the seeds. An average is taken seed
+          by seed, and only of seeds for which all categories are there.
+        * `difference`: reproduced minus recomputed, or minus reported where nothing is recomputed.
+        * `tolerance`: how far from the mean of n seeds one more run may lie (95 %, Student's t), which is
+          t(0.975, n-1) * spread * sqrt(1 + 1/n), and half a unit of the last printed digit. None for one seed.
+        * `verdict`: `agrees` within the tolerance, else `above` or `below`. `one seed` has no spread to judge by,
+          `other data` is not the paper's data set, or not all of its images, `other settings` are not the preset
+          `paper`, and with `nothing printed` there is nothing to judge.
+        * `tier`: preset and hardware. `fill`: what would fill a cell that is empty.
+    """
+    asked, own = table(name), dataset in (None, table(name).dataset)
+    printed = _printed(asked)
+    needed = {column: _column(name, column, dataset, category, split, preset, seeds) for column in asked.ours}
+    rows = _rows(printed, next(iter(needed.values())), own)
+    lines = []
+    for column in dict.fromkeys([*asked.ours, *printed["column"]]):
+        for metric in asked.metrics:
+            here = printed[(printed["column"] == column) & (printed["metric"] == metric)]
+            figures = dict(zip(here["category"], here["value"], strict=True))
+            for row, tested in rows.items():
+                whole = row == AVERAGE and len(figures) > 1
+                line = {
+                    "category": row,
+                    "column": column,
+                    "metric": metric,
+                    "reported": figures.get(row),
+                    "recomputed": np.mean([v for c, v in figures.items() if c != AVERAGE]) if whole else None,
+                    "fill": None if column in asked.ours else "not in this library",
+                }
+                if column in asked.ours:
+                    step = _step(figures.values())
+                    line |= _reproduced(line, needed[column], tested, metric, found, own, step)
+                if column in asked.ours or row in figures:
+                    lines.append(line)
+    frame = pd.DataFrame(lines, columns=COLUMNS)
+    numbers = ["reported", "recomputed", "reproduced", "spread", "difference", "tolerance"]
+    return frame.astype({k: float for k in numbers} | {"seeds": "Int64"})
+
+
+def _printed(asked):
+    """DataFrame `category, column, metric, value` of what the paper prints."""
+    if asked.source is None:
+        return pd.DataFrame(columns=["category", "column", "metric", "value"])
+    rows = reported.table(asked.source)
+    rows = rows[(rows["dataset"] == asked.printed_data) & rows["metric"].isin(asked.metrics)]
+    if asked.source == _ABSTRACTS:
+        rows = rows[rows["paper"] == asked.paper]
+    if not asked.others:
+        rows = rows[rows["method"].isin(list(asked.ours))]
+    rows = rows.rename(columns={"method": "column", "value_percent": "value"})
+    return rows.assign(category=rows["category"].replace("all", AVERAGE))
+
+
+def _rows(printed, needed, own):
+    """{row of the table: the categories whose mean it is}.
+
+    On the paper's data the printed rows, as far as they are asked for, and their average if all are. On other data the
+    categories there, and their average, beside which the printed one stands.
+    """
+    tested = list(dict.fromkeys(c for request in needed for c in _tested(request)))
+    if not own:
+        return ({c: [c] for c in tested} if len(tested) > 1 else {}) | {AVERAGE: tested}
+    in_rows = [c for c in printed["category"].unique() if c != AVERAGE]
+    all_of_them = in_rows or [c for one in needed[0].dataset.split("+") for c in data.categories(one)]
+    rows = {c: [c] for c in in_rows if c in tested}
+    if set(all_of_them) <= set(tested):
+        return rows | {AVERAGE: all_of_them}
+    return rows or {c: [c] for c in tested}
+
+
+def _tested(request):
+    if request.category == data.ALL:
+        return [c for one in request.dataset.split("+") for c in data.categories(one)]
+    return [request.category]
+
+
+def _figures(record):
+    """{category: metrics} of a run; of a model of several categories, of each."""
+    several = record.get("metrics_by_category", {})
+    return {c.split("/")[-1]: m for c, m in several.items()} or {record["category"]: record["metrics"]}
+
+
+def _reproduced(line, needed, tested, metric, found, own, step):
+    """What the runs say: the columns of `cells` from `method` on."""
+    needed = [r for r in needed if set(_tested(r)) & set(tested)]
+    records = [found[r.digest] for r in needed if r.digest in found]
+    by_seed = {}
+    for record in records:
+        by_seed.setdefault(record["seed"], {}).update({c: m[metric] for c, m in _figures(record).items()})
+    whole = [f for f in by_seed.values() if all(f.get(c) is not None for c in tested)]
+    values = np.array([np.mean([100 * f[c] for c in tested]) for f in whole])
+    missing = [r.name for r in needed if r.digest not in found]
+    cell = {"method": needed[0].method, "seeds": len(values)}
+    if missing:
+        cell["fill"] = f"{len(missing)} of {len(needed)} runs: {missing[0]}" + (", ..." if len(missing) > 1 else "")
+    if not len(values):
+        return cell | ({} if missing else {"fill": "data without masks have no such figure"})
+    target = line["reported"] if line["recomputed"] is None else line["recomputed"]
+    cell |= {"reproduced": values.mean(), "tier": " + ".join(sorted({_tier(r) for r in records}))}
+    if target is not None:
+        cell["difference"] = values.mean() - target
+    if len(values) > 1:
+        cell["spread"] = values.std(ddof=1)
+        t = stats.t.ppf(0.975, len(values) - 1)
+        cell["tolerance"] = t * cell["spread"] * (1 + 1 / len(values)) ** 0.5 + step / 2
+    pairs = ((r, found[r.digest]) for r in needed if r.digest in found)
+    if not own or not all(_all_images(request, record) for request, record in pairs):
+        verdict = "other data"
+    elif any(r.preset not in FAITHFUL for r in needed):
+        verdict = "other settings"
+    elif target is None:
+        verdict = "nothing printed"
+    elif len(values) == 1:
+        verdict = "one seed"
+    elif abs(cell["difference"]) <= cell["tolerance"]:
+        verdict = "agrees"
+    else:
+        verdict = "above" if cell["difference"] > 0 else "below"
+    return cell | {"verdict": verdict}
+
+
+def _step(values):
+    """Unit of the last printed digit of a column."""
+    return next(step for step in (1, 0.1, 0.01) if all(abs(v / step - round(v / step)) < 1e-6 for v in values))
+
+
+def _all_images(request, record):
+    """Whether the run had as many images as are published."""
+    counts = record["counts"]
+    return _images(request, [record]) == (counts["train"], counts["test_good"] + counts["test_defective"])
+
+
+def _tier(record):
+    e = record["environment"]
+    return f"{record['preset']}; {e['device']}, {e['device_name']}"
+
+
+# --- what is shown -----------------------------------------------------------------------------------------------
+
+
+def contents(found, **options):
+    """DataFrame of all tables: `table, paper, place, data, runs, there`; `options` as in `requests`."""
+    lines = []
+    for name, asked in TABLES.items():
+        needed = requests(name, **options)
+        there = sum(r.digest in found for r in needed)
+        paper = methods.get(next(iter(asked.ours.values()))[0]).PAPER
+        where = " ".join(filter(None, (needed[0].dataset, needed[0].split)))
+        lines.append({"table": name, "paper": paper, "place": asked.place, "data": where, "runs": len(needed)})
+        lines[-1]["there"] = there
+    return pd.DataFrame(lines)
+
+
+def overview(asked, found, device="auto"):
+    """What a list of requests has and lacks, one line for those that differ in the seed only.
+
+    Returns:
+        (DataFrame `runs, seeds there, missing, time each`, seconds of all that is missing or None, basis as text)
+    """
+    lines, left, bases = {}, 0.0, []
+    for request in asked:
+        head, _, tail = request.name.rpartition(f"-s{request.seed}")
+        if head + tail not in lines:
+            seconds, basis = estimate(request, found.values(), device)
+            time = "" if seconds is None else duration(seconds)
+            lines[head + tail] = {"runs": head + tail, "seeds there": [], "missing": [], "time each": time}
+        there = request.digest in found
+        lines[head + tail]["seeds there" if there else "missing"].append(str(request.seed))
+        if not there:
+            left = None if left is None or seconds is None else left + seconds
+            bases.append(basis)
+    frame = pd.DataFrame([{k: " ".join(v) if isinstance(v, list) else v for k, v in x.items()} for x in lines.values()])
+    return frame, left, "; ".join(dict.fromkeys(bases))
+
+
+def title(name, asked):
+    """One line: the table, the paper, its data, and what it is run on where that differs."""
+    printed = table(name)
+    here = " ".join(filter(None, (asked[0].dataset, asked[0].split)))
+    on = "" if asked[0].dataset == printed.dataset else f", run on {here}"
+    return f"{name}: {methods.get(asked[0].method).PAPER}; {printed.place}, data {printed.dataset}{on}"
+
+
+def stem(name, asked):
+    """Name of the table's files, without suffix."""
+    return "-".join(filter(None, (name, asked[0].dataset, asked[0].split, asked[0].preset)))
+
+
+def shown(frame):
+    """`cells` as text, for Markdown."""
+    figure = lambda x, form: "" if pd.isna(x) else format(x, form)  # noqa: E731
+    reproduced = [
+        figure(m, ".1f") + (f" ± {s:.1f}" if s == s else "")
+        for m, s in zip(frame["reproduced"], frame["spread"], strict=True)
+    ]
+    return pd.DataFrame(
+        {
+            "category": frame["category"],
+            "column": frame["column"],
+            "figure": frame["metric"].map(METRIC_NAMES),
+            "reported": [figure(x, "g") for x in frame["reported"]],
+            "recomputed mean": [figure(x, ".2f") for x in frame["recomputed"]],
+            "reproduced": reproduced,
+            "seeds": [figure(x, "d") for x in frame["seeds"]],
+            "difference": [figure(x, "+.1f") for x in frame["difference"]],
+            "tolerance": [figure(x, ".1f") for x in frame["tolerance"]],
+            "verdict": frame["verdict"].fillna(""),
+            "tier": frame["tier"].fillna(""),
+            "what would fill it": frame["fill"].fillna(""),
+        }
+    )
+
+
+def text(frame, width=120):
+    """`cells` for a terminal: for each figure a table, and below it the columns that are only reported.
+
+    Categories are lines and columns stand beside each other; a table with one line, as of an ablation, is turned.
+    """
+    words = shown(frame).assign(judged=lambda w: (w["difference"] + " " + w["verdict"]).str.strip())
+    ran, blocks = frame["method"].notna(), []
+    for figure, part in words.groupby("figure", sort=False):
+        ours, others = part[ran], part[~ran]
+        if ours["category"].nunique() == 1:
+            fields = ["reported", "recomputed mean", "reproduced", "seeds", "difference", "tolerance", "verdict"]
+            wide = ours.set_index("column")[fields].rename_axis(None)
+            wide = wide.loc[:, (wide != "").any()]
+        else:
+            means = ours[ours["recomputed mean"] != ""]
+            means = means.assign(category="recomputed", reported=means["recomputed mean"], reproduced="", judged="")
+            ours = pd.concat([ours, means])
+            wide = _pivot(ours, ["reported", "reproduced", "judged"])
+        blocks.append(f"{figure}, percent\n{wide.to_string(line_width=width)}")
+        if len(others):
+            blocks[-1] += (
+                f"\nreported only\n{_pivot(others, ['reported']).droplevel(1, axis=1).to_string(line_width=width)}"
+            )
+    tiers = list(dict.fromkeys(frame["tier"].dropna()))
+    if tiers:
+        blocks.append("reproduced with " + "\n  and ".join(tiers))
+    return "\n\n".join(blocks)
+
+
+def _pivot(words, fields):
+    """Category x (column, field), in the order of the lines."""
+    wide = words.pivot(index="category", columns="column", values=fields).swaplevel(axis=1).fillna("")
+    columns = [(column, field) for column in words["column"].unique() for field in fields]
+    return (
+        wide.reindex(index=words["category"].unique(), columns=columns)
+        .rename_axis(None)
+        .rename_axis([None, None], axis=1)
+    )
+
+
+def write(frame, name, title, stem):
+    """`stem.csv` with the figures as they are, `stem.md` with a title and text; each whole or not at all."""
+    with whole(f"{stem}.csv") as aside:
+        frame.to_csv(aside, index=False)
+    with whole(f"{stem}.md") as aside:
+        text = [f"# {name}", title, table(name).note, "Percent; mean and standard deviation over seeds."]
+        aside.write_text("\n\n".join([*filter(None, text), markdown(shown(frame))]) + "\n")
 
 
 def _settings(method, preset, overrides):

@@ -48,7 +48,8 @@ def run(
     """Train and evaluate one method on one data set; returns the record.
 
     Writes `record.json`, `maps.npz`, `scores.csv`, `checkpoint.safetensors`, `heatmaps.png` and `history.csv` to
-    `out`. The record comes last, so a folder that has one is finished. The same call again resumes, or returns at once.
+    `out`; where training has several phases, also `checkpoint-<phase>.safetensors` behind each but the last. The record
+    comes last, so a folder that has one is finished. The same call again resumes, or returns at once.
 
     Args:
         method: name in `vitad.methods.METHODS`.
@@ -100,12 +101,17 @@ def run(
     )
     say(data.describe(sets))
     say(f"weights: {model.weights['source']}")
+    about = {"vitad_method": method, "settings": json.dumps(asked["settings"])}
+
+    def keep(phase, weights):
+        write_safetensors(weights, out / f"checkpoint-{phase}.safetensors", about)
+
     times["load"] = time.monotonic()
     with _unfinished(out, request) as state:
         if hasattr(model, "prepare"):
             model.prepare(sets.train, device)
         times["prepare"] = time.monotonic()
-        history = train(model, sets.train, seed, device, settings.amp, state)
+        history = train(model, sets.train, seed, device, settings.amp, state, keep)
         times["train"] = time.monotonic()
         maps, scores = score(model, sets.test, device, settings.batch_size, settings.amp)
         times["score"] = time.monotonic()
@@ -121,7 +127,6 @@ def run(
         times["evaluate"] = time.monotonic()
         observed = model.observe(sets.train, device) if hasattr(model, "observe") else {}
 
-        about = {"vitad_method": method, "settings": json.dumps(asked["settings"])}
         write_safetensors(model.state_dict(), out / "checkpoint.safetensors", about)
         _write_maps(out / "maps.npz", test, maps, scores)
         _write_rows(out / "scores.csv", _score_rows(test.paths, test.defects, test.labels, scores))
@@ -181,15 +186,16 @@ def score(model, images, device, batch_size, amp=True):
     return maps, scores
 
 
-def load_model(folder, device="auto"):
-    """The trained model of a finished run, in eval mode on `device`."""
+def load_model(folder, device="auto", phase=None):
+    """The trained model of a finished run, in eval mode on `device`; as it was behind `phase`, or in the end."""
     record = read_record(folder)
     module = methods.get(record["method"])
-    tensors, metadata = read_safetensors(Path(folder) / "checkpoint.safetensors")
+    path = Path(folder) / (f"checkpoint-{phase}.safetensors" if phase else "checkpoint.safetensors")
+    tensors, metadata = read_safetensors(path)
     found = metadata.get("vitad_method")
     if found != record["method"]:
         raise UserError(
-            f"{folder}/checkpoint.safetensors is a checkpoint of {found or 'something else'}, but the record says "
+            f"{path} is a checkpoint of {found or 'something else'}, but the record says "
             f"{record['method']}. Run it again into another folder."
         )
     settings = resolve(module.Settings, {"recorded": {}}, "recorded", record["settings"])
@@ -197,7 +203,7 @@ def load_model(folder, device="auto"):
     try:
         model.load_state_dict(tensors)
     except RuntimeError as e:
-        raise UserError(f"{folder}/checkpoint.safetensors does not fit: {str(e).splitlines()[-1].strip()}") from e
+        raise UserError(f"{path} does not fit: {str(e).splitlines()[-1].strip()}") from e
     return model.eval()
 
 
@@ -429,8 +435,8 @@ def _unfinished(out, request):
         yield state
     except BaseException:
         if out.is_dir() and not state.exists():
-            for name in WRITTEN:
-                (out / name).unlink(missing_ok=True)
+            for written in [*(out / name for name in WRITTEN), *out.glob("checkpoint-*.safetensors")]:
+                written.unlink(missing_ok=True)
             _tidy(out)
             if not any(out.iterdir()):
                 out.rmdir()

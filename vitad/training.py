@@ -76,8 +76,11 @@ def _cpu_gains_from_bfloat16():
     return seconds[torch.bfloat16] < 0.8 * seconds[torch.float32]
 
 
-def train(model, images, seed, device, amp=True, state_path=None):
+def train(model, images, seed, device, amp=True, state_path=None, keep=None):
     """Train `model` on the `ImageSet` `images` through all its phases, resuming from `state_path` if it exists.
+
+    Args:
+        keep: called with a phase's name and the weights behind it, for every phase but the last.
 
     Returns:
         history: one dict an epoch with `phase, epoch, seconds`, the mean of each loss, and `val` if there is one.
@@ -147,6 +150,8 @@ def train(model, images, seed, device, amp=True, state_path=None):
                 save.if_due()
         if at["best"]:
             model.load_state_dict(at["best"]["weights"])
+        if keep and number + 1 < len(phases):
+            keep(phase.name, model.state_dict())
         at |= {"phase": number + 1, "epoch": 0, "best": None, "seconds": save.seconds()}
     return at["history"]
 
