@@ -1,4 +1,4 @@
-"""The command line: `vitad run`, `vitad show`, `vitad compare`, `vitad data show|download|verify`."""
+"""The command line: `vitad run`, `vitad show`, `vitad compare`, `vitad table`, `vitad data show|download|verify`."""
 
 import argparse
 import shlex
@@ -107,9 +107,7 @@ def _table(args):
     print(lines.to_string(index=False))
     failed = {}
     if missing:
-        print(
-            f"time of the missing, one after another: {reproduce.duration(left)} by" if left else "no estimate:", basis
-        )
+        print(f"time of the missing here: about {reproduce.duration(left)}, by" if left else "no estimate:", basis)
         wanted = reproduce.data_missing(asked[0].dataset, args.data_root)
         if args.run and wanted:
             raise UserError(f"nothing can be run.\n{wanted}")
@@ -121,6 +119,7 @@ def _table(args):
             print(" ", shlex.join(example))
     frame = reproduce.cells(args.name, found, **options)
     print(f"\n{reproduce.text(frame, shutil.get_terminal_size((120, 24)).columns)}\n")
+    print(*reproduce.remarks(args.name, frame), sep="\n")
     stem = Path(args.out or Path(args.runs) / "tables") / reproduce.stem(args.name, asked)
     reproduce.write(frame, args.name, title, stem)
     print(f"written: {stem}.csv, {stem}.md")

@@ -49,6 +49,7 @@ class Table:
     ours: dict
     split: str | None = None
     others: bool = True  # off: of the printed columns, only those that are run
+    ahead: tuple[str, ...] = ()  # two columns: in how many categories the first is above the second
     note: str = ""
 
 
@@ -97,6 +98,7 @@ TABLES = {
         _IMAGE,
         _CONVOLUTIONS,
         others=False,
+        ahead=("AnoViT", "L2-CAE"),
         note="The abstract gives a count alone: above the convolutional baseline in 10 of 15 categories. The levels "
         "are those of Table 3 of Yang & Guo 2024, second-hand and in whole percents.",
     ),
@@ -592,9 +594,9 @@ def text(frame, width=120):
     Categories are lines and columns stand beside each other; a table with one line, as of an ablation, is turned.
     """
     words = shown(frame).assign(judged=lambda w: (w["difference"] + " " + w["verdict"]).str.strip())
-    ran, blocks = frame["method"].notna(), []
+    words["ran"], blocks = frame["method"].notna(), []
     for figure, part in words.groupby("figure", sort=False):
-        ours, others = part[ran], part[~ran]
+        ours, others = part[part["ran"]], part[~part["ran"]]
         if ours["category"].nunique() == 1:
             fields = ["reported", "recomputed mean", "reproduced", "seeds", "difference", "tolerance", "verdict"]
             wide = ours.set_index("column")[fields].rename_axis(None)
@@ -626,13 +628,29 @@ def _pivot(words, fields):
     )
 
 
+def remarks(name, frame):
+    """What is to be said beside the cells, as a list of lines."""
+    asked, lines = table(name), []
+    if asked.note:
+        lines.append(asked.note)
+    if asked.ahead:
+        for kind in ("reported", "reproduced"):
+            wide = frame[frame["category"] != AVERAGE].pivot(index="category", columns="column", values=kind)
+            first, second = (wide[c].dropna() for c in asked.ahead)
+            both = first.index.intersection(second.index)
+            above, equal = (first[both] > second[both]).sum(), (first[both] == second[both]).sum()
+            count = f"above {asked.ahead[1]} in {above} of {len(both)} categories, equal in {equal}"
+            lines.append(f"{asked.ahead[0]} as {kind}: {count if len(both) else 'no categories to count'}.")
+    return lines
+
+
 def write(frame, name, title, stem):
     """`stem.csv` with the figures as they are, `stem.md` with a title and text; each whole or not at all."""
     with whole(f"{stem}.csv") as aside:
         frame.to_csv(aside, index=False)
     with whole(f"{stem}.md") as aside:
-        text = [f"# {name}", title, table(name).note, "Percent; mean and standard deviation over seeds."]
-        aside.write_text("\n\n".join([*filter(None, text), markdown(shown(frame))]) + "\n")
+        lines = [f"# {name}", title, *remarks(name, frame), "Percent; mean and standard deviation over seeds."]
+        aside.write_text("\n\n".join([*lines, markdown(shown(frame))]) + "\n")
 
 
 def _settings(method, preset, overrides):
