@@ -9,7 +9,8 @@ import json
 import re
 import traceback
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -155,6 +156,11 @@ class Request:
         safe = re.sub(r"[^a-z0-9_.+-]", "_", plain)
         return safe if safe == plain else f"{safe}-{self.digest[:8]}"
 
+    @property
+    def folder(self):
+        """Name of the run's folder where older runs may lie: `name` with a hash of the settings, as defaults change."""
+        return f"{self.name}-{self.digest[:8]}"
+
     def command(self, out, data_root=None):
         """The words of the `vitad run` that makes it, as a list of str."""
         words = ["vitad", "run", self.method, "--dataset", self.dataset]
@@ -226,6 +232,32 @@ def _models(method, dataset, category):
     if category is None and (hasattr(methods.get(method), "CATEGORY") or dataset == "toy"):
         return [None]
     return [None] if "+" in dataset else data.categories(dataset)
+
+
+def combinations(blocks):
+    """The runs of a sweep, as a list of `Request`, none twice.
+
+    Args:
+        blocks: list of dicts with fields of `Request`, each one value or a list of them, of which all combinations are
+            taken. Categories are given as in `requests`.
+    """
+    if not (isinstance(blocks, list) and blocks and all(isinstance(b, dict) for b in blocks)):
+        raise UserError("runs have to be a list of blocks, each with a method, a dataset and what else is asked for.")
+    names, found = [f.name for f in fields(Request)], []
+    for block in blocks:
+        for key in block:
+            if key not in names:
+                raise unknown("field of a run", key, names)
+        for values in product(*(v if isinstance(v, list) else [v] for v in block.values())):
+            asked = {k: v for k, v in zip(block, values, strict=True) if v is not None}
+            if not {"method", "dataset"} <= asked.keys():
+                raise UserError(f"the runs of {block} need a method and a dataset.")
+            if not isinstance(asked.get("overrides", {}), dict):
+                raise UserError(f"overrides {asked['overrides']!r} have no keys. Write them as {{key: value}}.")
+            category = str(asked["category"]) if "category" in asked else None
+            for one in _models(asked["method"], asked["dataset"], category):
+                found.append(Request(**asked | {"category": one}))
+    return list({r.digest: r for r in found}.values())
 
 
 def existing(folder=None):
