@@ -236,3 +236,17 @@ def test_bars_have_the_heights_that_they_are_given():
     assert re.findall(r"v-([\d.]+)h", svg) == ["0.0", "45.0", "90.0"] and 'aria-label="weights"' in svg
     assert ">0.2</text>" in svg
     assert re.findall(r"v-([\d.]+)h", bars([0.0, 0.0], "nothing")) == ["0.0", "0.0"]
+
+
+def test_dots_show_every_run_and_the_mean_of_each_row():
+    fig = plots.dots({"AUROC": {"one": [0.5, 0.75], "two": [0.9]}, "PRO": {"one": [], "two": [0.25]}}, one_scale=True)
+    left, right = fig.axes
+    assert [t.get_text() for t in left.get_yticklabels()] == ["one", "two"]
+    assert [(list(line.get_xdata()), list(line.get_ydata())) for line in left.lines] == [
+        ([0.5, 0.75], [0, 0]),
+        ([0.625], [0]),
+        ([0.9], [1]),
+        ([0.9], [1]),
+    ]
+    assert [list(line.get_xdata()) for line in right.lines] == [[0.25], [0.25]]
+    assert left.get_xlim() == right.get_xlim()

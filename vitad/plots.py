@@ -110,6 +110,29 @@ def score_histogram(scores, labels, width=6.0):
     return fig
 
 
+def dots(figures, one_scale=False, width=7.0):
+    """Figures of several runs as dots, their means as bars, one panel a figure: {figure: {row: [values]}}.
+
+    The first panel names the rows, from the bottom up. `one_scale`: the panels show the same figure.
+    """
+    rows = list(next(iter(figures.values())))
+    size = (width, 0.6 + 0.3 * len(rows))
+    fig = plt.figure(figsize=size, layout="constrained")
+    axes = fig.subplots(1, len(figures), sharex=one_scale, sharey=True, squeeze=False)
+    for axis, (title, panel) in zip(axes[0], figures.items(), strict=True):
+        for y, row in enumerate(rows):
+            if panel[row]:
+                axis.plot(panel[row], [y] * len(panel[row]), "o", color="#4477aa", alpha=0.5, ms=5, mew=0)
+                axis.plot(np.mean(panel[row]), y, "|", color="#222222", ms=13, mew=1.5)
+        axis.set_title(title, fontsize=9)
+        axis.tick_params(labelsize=8)
+        axis.grid(axis="y", color="#eeeeee")
+        axis.set_axisbelow(True)
+        axis.spines[["top", "right", "left"]].set_visible(False)
+    axes[0, 0].set(yticks=range(len(rows)), yticklabels=rows, ylim=(-0.6, len(rows) - 0.4))
+    return fig
+
+
 def principal_components(tokens, grid):
     """Tokens (B,N,D) as colour pictures (B,g,g,3) in [0,1]: their first three principal components.
 
