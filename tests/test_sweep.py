@@ -225,15 +225,17 @@ def test_a_run_that_a_killed_sweep_left_behind_is_waited_for(tmp_path):
 
 
 def test_slurm_gets_the_commands_of_the_runs_that_are_missing(tmp_path):
-    """A dry run of a table on toy, of which results/ has three seeds."""
+    """Dry runs of a table on toy, of which results/ has three seeds; Slurm gives out GPUs itself."""
     asked = requests("yang2024-6", dataset="toy", seeds=4)
     missing = [r for r in asked if r.digest not in existing()]
     assert 0 < len(missing) < len(asked)
-    words = ["--profile", ROOT / "workflow" / "profiles" / "slurm", "--executor", "slurm", "--dry-run"]
-    done = sweep(tmp_path, *words, "--config", "table=yang2024-6", "dataset=toy", "seeds=4")
+    words = ["--dry-run", "--printshellcmds", "--config", "table=yang2024-6", "dataset=toy", "seeds=4"]
+    done = sweep(tmp_path, "--profile", ROOT / "workflow" / "profiles" / "slurm", "--executor", "slurm", *words)
     assert done.returncode == 0, done.stdout
+    assert done.stdout.count("job.py 0 runs/.unfinished/") == len(missing)
     lines = [line.partition(": ")[2].split() for line in done.stdout.splitlines() if ": vitad run " in line]
     expected = [r.command(f"runs/.unfinished/{r.folder}") for r in missing]
     assert sorted(lines) == sorted(expected)
     (plan,) = (tmp_path / "runs" / ".plan").iterdir()
     assert json.loads(plan.read_text())["committed"] == len(asked) - len(missing)
+    assert sweep(tmp_path, "--resources", "gpu=2", *words).stdout.count("job.py 2 runs/.unfinished/") == len(missing)
