@@ -30,8 +30,8 @@ DINOV2_S14 = "vit_small_patch14_dinov2.lvd142m"
 NETWORK_TIMEOUT = 4  # seconds until a hub counts as out of reach
 
 
-def _import_timm():
-    """Import timm, also where a CUDA build of torchvision sits beside a CPU-only torch.
+def _prepare_torchvision():
+    """Let timm be imported where a CUDA build of torchvision sits beside a CPU-only torch.
 
     PyPI's torchvision then fails to load its extension library, and importing it dies because the two
     operators that it describes do not exist. Declaring their schemas is enough for everything timm uses.
@@ -47,13 +47,19 @@ def _import_timm():
             schemas = torch.library.Library("torchvision", "DEF")
             schemas.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
             schemas.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-            _import_timm.keep = schemas  # the schemas live as long as this object
+            _prepare_torchvision.keep = schemas  # the schemas live as long as this object
+
+
+_prepare_torchvision()
+
+
+def __getattr__(name):
+    """`timm`, imported when asked for: it takes as long as torch, and settings are read without it."""
+    if name != "timm":
+        raise AttributeError(f"module {__name__} has no attribute {name}")
     import timm
 
     return timm
-
-
-timm = _import_timm()
 
 
 def vit(name, image_size, weights="auto", **options):
@@ -72,6 +78,8 @@ def vit(name, image_size, weights="auto", **options):
     Raises:
         UserError: unknown model; size that the patch does not divide; no weights found; tensors missing or extra.
     """
+    import timm
+
     if not timm.is_model(name):
         raise unknown("backbone", name, timm.list_models("vit_*", module="vision_transformer"))
     H, W = check_image_size(image_size)
@@ -141,7 +149,9 @@ def load_vit(model, path):
         there, here = (tuple(tensors[wrong[0]].shape) for tensors in (state, own))
         raise UserError(f"{path} does not fit: {wrong[0]} is {there} there and {here} in the model, to begin with.")
     try:
-        state = timm.models.vision_transformer.checkpoint_filter_fn(state, model, interpolation="bicubic")
+        from timm.models.vision_transformer import checkpoint_filter_fn
+
+        state = checkpoint_filter_fn(state, model, interpolation="bicubic")
         model.load_state_dict(state)
     except RuntimeError as e:
         raise UserError(f"{path} does not fit: {str(e).splitlines()[-1].strip()}") from e

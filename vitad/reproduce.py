@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from scipy import stats
+from scipy.special import stdtrit
 
 from vitad import data, methods, reported, runs
 from vitad.data import toy
@@ -510,7 +510,7 @@ def _reproduced(line, needed, tested, metric, found, own, step):
         cell["difference"] = values.mean() - target
     if len(values) > 1:
         cell["spread"] = values.std(ddof=1)
-        t = stats.t.ppf(0.975, len(values) - 1)
+        t = stdtrit(len(values) - 1, 0.975)
         cell["tolerance"] = t * cell["spread"] * (1 + 1 / len(values)) ** 0.5 + step / 2
     pairs = ((r, found[r.digest]) for r in needed if r.digest in found)
     if not own or not all(_all_images(request, record) for request, record in pairs):

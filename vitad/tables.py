@@ -6,7 +6,7 @@ import time
 import numpy as np
 import pandas as pd
 import torch
-from scipy import stats
+from scipy.special import stdtrit
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -166,7 +166,7 @@ def contrast(variants, weights, metric="image_auroc"):
     seeds = sorted(set.intersection(*(set(v) for v in values.values())))
     sums = np.array([sum(w * values[name][seed] for name, w in weights.items()) for seed in seeds])
     n, mean = len(sums), float(sums.mean()) if len(sums) else float("nan")
-    half = float(stats.t.ppf(0.975, n - 1) * sums.std(ddof=1) / n**0.5) if n > 1 else float("inf")
+    half = float(stdtrit(n - 1, 0.975) * sums.std(ddof=1) / n**0.5) if n > 1 else float("inf")
     verdict = "undecided" if not abs(mean) > half else "above 0" if mean > 0 else "below 0"
     return {"difference": round(mean, 4), "plus_minus": round(half, 4), "seeds": n, "verdict": verdict}
 
