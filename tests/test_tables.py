@@ -86,6 +86,16 @@ def test_kinds_of_defects_are_told_apart(toy_root, tmp_path):
     assert shown.loc[("patchknn", 64), "stain"] == f"{mean:.3f} ± {spread:.3f}"
 
 
+def test_kinds_of_defects_of_one_category_among_several(toy_root, tmp_path):
+    settings = dict(category="all", data_root=toy_root, preset="smoke", device="cpu")
+    made = runs.run("patchknn", **settings, out=tmp_path) | {"folder": tmp_path}
+    shown, found = tables.by_defect([made], "grain"), runs.read_maps(tmp_path)
+    assert shown.columns.tolist() == ["hole", "scratch", "stain"]
+    part = np.char.startswith(found["paths"], "grain/") & np.isin(found["defects"], ["good", "hole"])
+    assert shown.loc[("patchknn", 64), "hole"] == f"{roc_auc_score(found['labels'][part], found['scores'][part]):.3f}"
+    assert "missing" in tables.by_defect([made]).columns
+
+
 def test_the_cost_of_an_image():
     shown = tables.cost(["l2cae", "anovit", "patchknn", "mala"], image_size=70, preset="smoke", device="cpu")
     assert shown["px"].tolist() == [64, 64, 64, 64]  # what patches of 16 px divide

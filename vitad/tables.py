@@ -67,16 +67,19 @@ def by_category(records):
     return result
 
 
-def by_defect(records):
+def by_defect(records, category=None):
     """Image AUROC of each kind of defect against all good images, mean and standard deviation over seeds.
 
-    From `scores.csv` beside the records; runs without one are left out.
+    From `scores.csv` beside the records; runs without one are left out. Of runs over several categories only the
+    images of `category`, their first folder, are counted, or all.
     """
     rows = []
     for r in records:
         if not (path := r["folder"] / "scores.csv").exists():
             continue
         found = pd.read_csv(path)
+        if category and "metrics_by_category" in r:
+            found = found[found["image"].str.startswith(f"{category}/")]
         for kind in sorted(set(found["defect"][found["label"] == 1])):
             part = found[(found["label"] == 0) | (found["defect"] == kind)]
             figure = auroc(part["score"].to_numpy(), part["label"].to_numpy(bool))
