@@ -224,6 +224,13 @@ def test_a_run_that_a_killed_sweep_left_behind_is_waited_for(tmp_path):
     assert (tmp_path / "run").is_dir() and (tmp_path / "told").read_text() == "once\n"
 
 
+def test_a_run_that_was_cut_off_in_its_final_folder_goes_on(tmp_path):
+    """As `vitad table --run` leaves it."""
+    (tmp_path / "run" / ".run").mkdir(parents=True)
+    assert job(tmp_path, "run", 0, "test", "-d", tmp_path / "aside" / "run" / ".run").wait() == 0
+    assert [p.name for p in (tmp_path / "run").iterdir()] == [".run"]
+
+
 def test_slurm_gets_the_commands_of_the_runs_that_are_missing(tmp_path):
     """Dry runs of a table on toy, of which results/ has three seeds; Slurm gives out GPUs itself."""
     asked = requests("yang2024-6", dataset="toy", seeds=4)

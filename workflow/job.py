@@ -19,6 +19,8 @@ def main(gpus, aside, final, *command):
     locks = [lock(aside.with_name(f"{aside.name}.lock"))]  # waits where a killed sweep has left this very run going
     if (final / "record.json").exists():
         return 0
+    if final.is_dir() and any(final.iterdir()) and not aside.exists():
+        os.replace(final, aside)  # that is where `vitad table --run` was cut off
     if int(gpus):
         environment["CUDA_VISIBLE_DEVICES"], held = free_gpu(int(gpus))
         locks.append(held)
