@@ -114,12 +114,13 @@ def _table(args):
         if args.run:
             failed = reproduce.run_missing(asked, found, args.runs, args.data_root, args.device)
         else:
-            example = missing[0].command(Path(args.runs) / missing[0].name, args.data_root)
+            example = missing[0].command(Path(args.runs) / missing[0].folder, args.data_root)
             print(*filter(None, (wanted, "run them: the same command with --run; a single one:")), sep="\n")
             print(" ", shlex.join(example))
     frame = reproduce.cells(args.name, found, **options)
     print(f"\n{reproduce.text(frame, shutil.get_terminal_size((120, 24)).columns)}\n")
-    print(*reproduce.remarks(args.name, frame), sep="\n")
+    for line in reproduce.remarks(args.name, frame):
+        print(line)
     stem = Path(args.out or Path(args.runs) / "tables") / reproduce.stem(args.name, asked)
     reproduce.write(frame, args.name, title, stem)
     print(f"written: {stem}.csv, {stem}.md")

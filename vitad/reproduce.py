@@ -10,6 +10,7 @@ import re
 import traceback
 from collections import Counter
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from itertools import product
 from pathlib import Path
 
@@ -134,12 +135,12 @@ class Request:
         """All settings of the method as a dict, with preset and overrides."""
         return _settings(self.method, self.preset, self.overrides)
 
-    @property
+    @cached_property
     def digest(self):
         """Hash of all that decides about the result; the same for a record of this run, see `digest`."""
         return digest({"settings": self.settings(), **{k: getattr(self, k) for k in ASKED}})
 
-    @property
+    @cached_property
     def name(self):
         """Name of the run's folder, such as `vitmem-base_m-mvtec-bottle-paper-s0`: safe anywhere and of no other run.
 
@@ -270,7 +271,7 @@ def existing(folder=None):
 
 
 def run_missing(asked, found, folder, data_root=None, device="auto", say=print):
-    """Run what is not among `found` and add it there; each run goes to `folder/<name>`, where it resumes.
+    """Run what is not among `found` and add it there; each run goes to `folder/<its own>`, where it resumes.
 
     A run that fails is told, with its traceback where it is not a user's mistake, and the others go on.
 
@@ -279,9 +280,7 @@ def run_missing(asked, found, folder, data_root=None, device="auto", say=print):
     """
     missing, failed = [r for r in asked if r.digest not in found], {}
     for k, request in enumerate(missing, 1):
-        left = [estimate(r, found.values(), device)[0] for r in missing[k - 1 :]]
-        time = f", about {duration(sum(left))} left" if None not in left else ""
-        say(f"[{k}/{len(missing)}] {request.name}{time}")
+        say(f"[{k}/{len(missing)}] {request.name}{_left(missing[k - 1 :], found.values(), device)}")
         try:
             found[request.digest] = runs.run(
                 request.method,
@@ -293,12 +292,19 @@ def run_missing(asked, found, folder, data_root=None, device="auto", say=print):
                 request.seed,
                 device,
                 request.overrides,
-                out=Path(folder) / request.name,
+                out=Path(folder) / request.folder,
             )
         except Exception as e:  # whatever it is, it is this run's
             failed[request.name] = str(e) if isinstance(e, UserError) else traceback.format_exc().rstrip()
             say(f"failed: {failed[request.name]}")
     return failed
+
+
+def _left(asked, records, device):
+    seconds = [estimate(request, records, device)[0] for request in asked]
+    known = [s for s in seconds if s is not None]
+    more = f", and {len(asked) - len(known)} runs of unknown length" if len(known) < len(asked) else ""
+    return f", about {duration(sum(known))} left{more}" if known else ""
 
 
 def data_missing(dataset, data_root=None):
@@ -610,7 +616,7 @@ def shown(frame):
             "reported": [figure(x, "g") for x in frame["reported"]],
             "recomputed mean": [figure(x, ".2f") for x in frame["recomputed"]],
             "reproduced": reproduced,
-            "seeds": [figure(x, "d") for x in frame["seeds"]],
+            "seeds": [figure(x, "d") if not pd.isna(x) and x else "" for x in frame["seeds"]],
             "difference": [figure(x, "+.1f") for x in frame["difference"]],
             "tolerance": [figure(x, ".1f") for x in frame["tolerance"]],
             "verdict": frame["verdict"].fillna(""),
@@ -632,7 +638,7 @@ def text(frame, width=120):
         if ours["category"].nunique() == 1:
             fields = ["reported", "recomputed mean", "reproduced", "seeds", "difference", "tolerance", "verdict"]
             wide = ours.set_index("column")[fields].rename_axis(None)
-            wide = wide.loc[:, (wide != "").any()]
+            wide = wide.loc[:, [c in ("reported", "reproduced") or any(wide[c] != "") for c in wide]]
         else:
             means = ours[ours["recomputed mean"] != ""]
             means = means.assign(category="recomputed", reported=means["recomputed mean"], reproduced="", judged="")
@@ -646,6 +652,9 @@ def text(frame, width=120):
     tiers = list(dict.fromkeys(frame["tier"].dropna()))
     if tiers:
         blocks.append("reproduced with " + "\n  and ".join(tiers))
+    empty = frame["method"].notna() & frame["reproduced"].isna()
+    if empty.any():
+        blocks.append(f"{empty.sum()} cells are empty; the files say for each which runs would fill it")
     return "\n\n".join(blocks)
 
 
