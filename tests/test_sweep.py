@@ -130,12 +130,12 @@ def test_a_changed_setting_runs_what_depends_on_it_and_nothing_else(killed, resu
 
 def test_another_default_is_another_folder(monkeypatch):
     """In the library as in the file: of that preset, and of nothing else."""
-    asked = [Request("l2cae", "toy", preset=p) for p in ("smoke", "demo")]
-    before = [r.folder for r in asked]
+    before = [Request("l2cae", "toy", preset=p) for p in ("smoke", "demo")]
+    names = [(r.name, r.folder) for r in before]
     monkeypatch.setitem(methods.get("l2cae").PRESETS["smoke"], "latent", 17)
-    after = [r.folder for r in asked]
-    assert after[0] != before[0] and after[1] == before[1]
-    assert [f.rpartition("-")[0] for f in after] == [r.name for r in asked]
+    after = [Request("l2cae", "toy", preset=p) for p in ("smoke", "demo")]
+    assert (after[0].name, after[1].name, after[1].folder) == (names[0][0], *names[1])
+    assert after[0].folder != names[0][1]
 
 
 # --- what is asked for ------------------------------------------------------------------------------------
