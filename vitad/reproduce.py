@@ -449,7 +449,7 @@ def cells(name, found, dataset=None, category=None, split=None, preset=None, see
                     lines.append(line)
     frame = pd.DataFrame(lines, columns=COLUMNS)
     numbers = ["reported", "recomputed", "reproduced", "spread", "difference", "tolerance"]
-    return frame.astype({k: float for k in numbers} | {"seeds": "Int64"})
+    return frame.astype(dict.fromkeys(COLUMNS, object) | dict.fromkeys(numbers, float) | {"seeds": "Int64"})
 
 
 def _printed(asked):
@@ -603,22 +603,28 @@ def stem(name, asked):
 
 def shown(frame):
     """`cells` as text, for Markdown."""
-    figure = lambda x, form: "" if pd.isna(x) else format(x, form)  # noqa: E731
-    reproduced = [
-        figure(m, ".1f") + (f" ± {s:.1f}" if s == s else "")
-        for m, s in zip(frame["reproduced"], frame["spread"], strict=True)
-    ]
+
+    def words(name, form):
+        return ["" if pd.isna(x) else format(x, form) for x in frame[name]]
+
+    # As many digits as the column is printed with.
+    digits = frame.groupby(["column", "metric"])["reported"].transform(lambda x: -np.log10(_step(x.dropna())))
     return pd.DataFrame(
         {
             "category": frame["category"],
             "column": frame["column"],
             "figure": frame["metric"].map(METRIC_NAMES),
-            "reported": [figure(x, "g") for x in frame["reported"]],
-            "recomputed mean": [figure(x, ".2f") for x in frame["recomputed"]],
-            "reproduced": reproduced,
-            "seeds": [figure(x, "d") if not pd.isna(x) and x else "" for x in frame["seeds"]],
-            "difference": [figure(x, "+.1f") for x in frame["difference"]],
-            "tolerance": [figure(x, ".1f") for x in frame["tolerance"]],
+            "reported": [
+                "" if pd.isna(x) else f"{x:.{n:.0f}f}" for x, n in zip(frame["reported"], digits, strict=True)
+            ],
+            "recomputed mean": words("recomputed", ".2f"),
+            "reproduced": [
+                f"{mean} ± {spread}" if spread else mean
+                for mean, spread in zip(words("reproduced", ".1f"), words("spread", ".1f"), strict=True)
+            ],
+            "seeds": [f"{n}" if n else "" for n in frame["seeds"].fillna(0)],
+            "difference": words("difference", "+.1f"),
+            "tolerance": words("tolerance", ".1f"),
             "verdict": frame["verdict"].fillna(""),
             "tier": frame["tier"].fillna(""),
             "what would fill it": frame["fill"].fillna(""),
@@ -677,11 +683,11 @@ def remarks(name, frame):
     if asked.ahead:
         for kind in ("reported", "reproduced"):
             wide = frame[frame["category"] != AVERAGE].pivot(index="category", columns="column", values=kind)
-            first, second = (wide[c].dropna() for c in asked.ahead)
-            both = first.index.intersection(second.index)
-            above, equal = (first[both] > second[both]).sum(), (first[both] == second[both]).sum()
-            count = f"above {asked.ahead[1]} in {above} of {len(both)} categories, equal in {equal}"
-            lines.append(f"{asked.ahead[0]} as {kind}: {count if len(both) else 'no categories to count'}.")
+            wide = wide.reindex(columns=asked.ahead).dropna()
+            first, second = (wide[c] for c in asked.ahead)
+            count = f"above {second.name} in {(first > second).sum()} of {len(wide)} categories"
+            count += f", equal in {(first == second).sum()}"
+            lines.append(f"{first.name} as {kind}: {count if len(wide) else 'no categories to count'}.")
     return lines
 
 

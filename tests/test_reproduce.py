@@ -1,0 +1,480 @@
+"""The papers' tables run again: requests, what is there, estimates, cells and verdicts, and `vitad table`."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from vitad import data, reported, reproduce, runs
+from vitad.cli import main
+from vitad.errors import UserError
+from vitad.reproduce import Request, cells, digest, duration, estimate, existing, requests
+
+MACHINE = {"device": "cuda", "device_name": "some GPU", "threads": 4}
+
+
+def record(request, image=0.9, seconds=100.0, **changed):
+    """What a run of a request would leave, with every figure `image` (or a dict by category)."""
+    figures = {c: dict.fromkeys(("image_auroc", "pixel_auroc", "pixel_ap", "pro"), v) for c, v in _each(image).items()}
+    means = {k: float(np.mean([f[k] for f in figures.values()])) for k in next(iter(figures.values()))}
+    train, test = reproduce._images(request) or (100, 50)
+    return {
+        **{k: getattr(request, k) for k in ("method", "dataset", "category", "split", "preset", "seed", "overrides")},
+        "settings": json.loads(json.dumps(request.settings())),
+        "weights": {"asked": "auto", "source": "random"},
+        "metrics": means,
+        **({"metrics_by_category": figures} if isinstance(image, dict) else {}),
+        "counts": {"train": train, "test_good": test, "test_defective": 0},
+        "timings": {"load_s": 0.0, "prepare_s": 0.0, "train_s": seconds, "score_s": 10.0, "evaluate_s": 0.0},
+        "environment": MACHINE,
+        **changed,
+    }
+
+
+def _each(image):
+    return image if isinstance(image, dict) else {"": image}
+
+
+def made(name, value, seeds=3, **options):
+    """{digest: record} of a whole table; `value(request)` is the figure of a run."""
+    return {r.digest: record(r, value(r)) for r in requests(name, seeds=seeds, **options)}
+
+
+def cell(frame, category, column, metric="image_auroc"):
+    (row,) = frame[frame[["category", "column", "metric"]].eq([category, column, metric]).all(axis=1)].to_dict(
+        "records"
+    )
+    return row
+
+
+# --- requests -----------------------------------------------------------------------------------------------------
+
+
+def test_a_request_is_the_run_that_its_command_makes(toy_root, tmp_path, capsys):
+    overrides = {"epochs": 1, "score_terms": ("l2", "ssim"), "memory": False}
+    request = Request("vitmem", "toy", preset="smoke", seed=4, overrides=overrides)
+    command = request.command(tmp_path / "run", toy_root)
+    assert command[0] == "vitad" and main(command[1:]) == 0
+    found = runs.read_record(tmp_path / "run")
+    assert digest(found) == request.digest
+    assert {k: found[k] for k in ("category", "split", "seed")} == {"category": "gear", "split": None, "seed": 4}
+    capsys.readouterr()
+
+
+def test_every_setting_and_every_part_is_in_the_digest():
+    base = Request("vitmem", "mvtec", "bottle", preset="paper")
+    others = [
+        Request("anovit", "mvtec", "bottle", preset="paper"),
+        Request("vitmem", "mvtec", "cable", preset="paper"),
+        Request("vitmem", "mvtec", "bottle", preset="small"),
+        Request("vitmem", "mvtec", "bottle", preset="paper", seed=1),
+        Request("vitmem", "mvtec", "bottle", preset="paper", overrides={"memory": False}),
+    ]
+    assert len({r.digest for r in [base, *others]}) == len({r.name for r in [base, *others]}) == 6
+    same = Request("vitmem", "mvtec", "Bottle", preset="paper", overrides={"memory": True, "coord_att": True})
+    assert (same.digest, same.name) == (base.digest, base.name)
+
+
+def test_a_changed_default_is_another_run(monkeypatch):
+    from vitad.methods import l2cae
+
+    before = Request("l2cae", "btad", "01", preset="paper")
+    assert before.folder.startswith(f"{before.name}-")
+    monkeypatch.setitem(l2cae.PRESETS, "paper", {"epochs": 7})
+    after = Request("l2cae", "btad", "01", preset="paper")
+    assert after.settings()["epochs"] == 7
+    assert before.digest != after.digest and before.folder != after.folder and before.name == after.name
+
+
+def test_names_are_readable_unique_and_safe():
+    found = [r for name in reproduce.TABLES for r in requests(name)]
+    assert "vitmem-base_m-mvtec-bottle-paper-s0" in {r.name for r in found}
+    assert len({r.name for r in found}) == len({r.digest for r in found})
+    odd = [Request("patchknn", "folder", c) for c in ("a b", "a_b", "A_b", "ä/b", "..")]
+    names = [r.name for r in odd] + [Request("vitmem", "toy", overrides={"lr": x}).name for x in (0.1, 0.2)]
+    assert len(set(names)) == 7
+    assert all(re.fullmatch(r"[a-z0-9][a-z0-9_.+-]*", n) for n in [*names, *(r.name for r in found)])
+
+
+def test_the_data_and_presets_of_tables():
+    by_method = pd.Series([r.method for r in requests("yang2024-3")]).value_counts()
+    assert by_method.to_dict() == {"vitmem": 45, "anovit": 45, "l2cae": 45}
+    assert {r.preset for r in requests("yang2024-3")} == {"paper"}
+    assert {r.category for r in requests("yang2024-5")} == {"01", "02", "03"}
+    assert len(requests("yang2024-6")) == 4 * 15 * 3
+    assert {r.digest for r in requests("yang2024-4")} <= {r.digest for r in requests("yang2024-6")}
+    # one model for the categories of both data sets, which serves both tables
+    assert [r.name for r in requests("mala2023-1", seeds=1)] == ["mala-mvtec+visa-all-paper-s0"]
+    assert requests("mala2023-1") == requests("mala2023-3")
+    assert {(r.split, r.preset) for r in requests("mala2023-mt")} == {("mala100", "small")}
+    assert {(r.split, r.preset) for r in requests("yang2024-6", "mt")} == {("grouped", "small")}
+    assert {(r.category, r.preset) for r in requests("yang2024-6", "toy")} == {("gear", "demo")}
+    assert {r.category for r in requests("yang2024-4", "toy", "each")} == {"gear", "grain", "weave"}
+    assert {r.category for r in requests("yang2024-4", category="Metal nut,bottle")} == {"metal_nut", "bottle"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(name="yang2024-9"), "Did you mean 'yang2024-6'"),
+        (dict(dataset="mvtc"), "unknown dataset 'mvtc'. Did you mean 'mvtec'"),
+        (dict(category="bottel"), "unknown category of mvtec 'bottel'. Did you mean 'bottle'"),
+        (dict(preset="papr"), "unknown preset 'papr'. Did you mean 'paper'"),
+        (dict(split="grouped"), "split 'grouped' was given"),
+        (dict(dataset="mt", category="bottle"), "'mt' has no categories"),
+        (dict(seeds="many"), "seeds=many is not usable"),
+        (dict(seeds=0), "seeds=0 is not usable"),
+    ],
+)
+def test_mistakes_are_named(options, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        requests(**{"name": "yang2024-6"} | options)
+
+
+def test_columns_and_metrics_of_every_table_are_printed_ones():
+    for name, asked in reproduce.TABLES.items():
+        if asked.source:
+            printed = reproduce._printed(asked)
+            assert set(asked.ours) <= set(printed["column"]), name
+            assert set(asked.metrics) == set(printed["metric"]), name
+
+
+def test_committed_records_fill_the_ablation_on_toy_and_tiles():
+    found = existing()
+    for dataset in ("toy", "mt"):
+        frame = cells("yang2024-6", found, dataset)
+        assert len(frame) == 12 and set(frame["verdict"]) == {"other data"} and set(frame["seeds"]) == {3}
+        (first,) = runs.committed_seeds("vitmem", dataset, preset=reproduce.PRESETS[dataset])[:1]
+        assert first["dataset"] == dataset
+    own = [r["metrics"]["pro"] for r in runs.committed_seeds("vitmem", "toy", overrides={"memory": False})]
+    assert cell(cells("yang2024-6", found, "toy"), "average", "Base + CA", "pro")["reproduced"] == pytest.approx(
+        100 * np.mean(own)
+    )
+
+
+# --- cells and verdicts ---------------------------------------------------------------------------------------------
+
+
+def test_a_cell_has_what_is_printed_recomputed_and_reproduced():
+    printed = reported.table("yang2024_table3_mvtec_image_auroc")
+    value = {"bottle": [0.93, 0.94, 0.95]}
+    found = made("yang2024-3", lambda r: value.get(r.category, [0.5] * 3)[r.seed])
+    frame = cells("yang2024-3", found)
+    bottle = cell(frame, "bottle", "Ours")
+    assert (bottle["reported"], bottle["verdict"], bottle["seeds"]) == (94.0, "agrees", 3)
+    assert (bottle["reproduced"], bottle["spread"]) == (pytest.approx(94), pytest.approx(1))
+    assert set(reproduce.shown(frame).query("category == 'average'")["reported"]) >= {"91.2", "78", "87.8"}
+    assert bottle["difference"] == pytest.approx(0) and np.isnan(bottle["recomputed"])
+    average = cell(frame, "average", "Ours")
+    rows = printed[(printed["method"] == "Ours") & (printed["category"] != "average")]["value_percent"]
+    assert (average["reported"], average["recomputed"]) == (91.2, pytest.approx(rows.mean()))
+    assert average["reproduced"] == pytest.approx((94 + 14 * 50) / 15)
+    assert average["spread"] == pytest.approx(1 / 15)  # of the means, seed by seed
+    assert average["difference"] == pytest.approx(average["reproduced"] - rows.mean()) and average["verdict"] == "below"
+    assert average["tier"] == "paper; cuda, some GPU"
+    assert cell(frame, "cable", "MKD") | {"seeds": None} == {
+        **dict.fromkeys(frame.columns, None),
+        **{"category": "cable", "column": "MKD", "metric": "image_auroc", "reported": 89.2},
+        "fill": "not in this library",
+        **{k: pytest.approx(np.nan, nan_ok=True) for k in ("recomputed", "reproduced", "spread")},
+        **{k: pytest.approx(np.nan, nan_ok=True) for k in ("difference", "tolerance")},
+        **{k: pytest.approx(np.nan, nan_ok=True) for k in ("method", "verdict", "tier")},
+    }
+
+
+@pytest.mark.parametrize(
+    ("values", "verdict"),
+    [
+        # printed is 94.0, the tolerance of three seeds t(0.975, 2) * sqrt(4/3) = 4.968 spreads and 0.05
+        ([0.98, 0.985, 0.99], "above"),  # 4.5 off, tolerance 2.53
+        ([0.95, 0.96, 0.97], "agrees"),  # 2 off, tolerance 5.02
+        ([0.89, 0.8901, 0.8902], "below"),
+        ([0.9404, 0.9404, 0.9404], "agrees"),  # rounds to what is printed
+        ([0.9406, 0.9406, 0.9406], "above"),
+        ([0.94, 0.98], "agrees"),  # two seeds: t = 12.7
+        ([0.94], "one seed"),
+    ],
+)
+def test_the_tolerance_is_where_one_more_seed_may_lie(values, verdict):
+    found = made("yang2024-3", lambda r: values[r.seed], len(values))
+    frame = cells("yang2024-3", found, seeds=len(values))
+    judged = cell(frame, "bottle", "Ours")
+    assert judged["verdict"] == verdict
+    if len(values) == 3:
+        expected = 4.30265 * 100 * np.std(values, ddof=1) * (4 / 3) ** 0.5 + 0.05
+        assert judged["tolerance"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_whole_percents_allow_half_a_percent():
+    found = made("yang2024-3", lambda r: 0.504)
+    assert cell(cells("yang2024-3", found), "carpet", "AnoViT")["verdict"] == "agrees"  # printed is 50
+
+
+def test_other_data_other_settings_and_fewer_images_are_not_judged():
+    frame = cells("yang2024-5", made("yang2024-5", lambda r: 0.9, preset="small"), preset="small")
+    assert set(frame["verdict"].dropna()) == {"other settings"}
+    frame = cells("yang2024-5", made("yang2024-5", lambda r: 0.9, dataset="visa"), "visa")
+    assert set(frame["verdict"].dropna()) == {"other data"}
+    assert cell(frame, "average", "Ours")["difference"] == pytest.approx(90 - (98.7 + 85 + 93) / 3)
+    found = made("yang2024-5", lambda r: 0.9)
+    for r in found.values():
+        r["counts"]["train"] -= r["category"] == "02"
+    frame = cells("yang2024-5", found)
+    assert cell(frame, "02", "Ours")["verdict"] == cell(frame, "average", "Ours")["verdict"] == "other data"
+    assert cell(frame, "01", "Ours")["verdict"] == "below"
+
+
+def test_an_average_needs_all_categories_of_a_seed():
+    found = made("yang2024-5", lambda r: 0.9)
+    (gone,) = [k for k, r in found.items() if r["category"] == "02" and r["seed"] == 1]
+    del found[gone]
+    frame = cells("yang2024-5", found)
+    average, second = cell(frame, "average", "Ours"), cell(frame, "02", "Ours")
+    assert (average["seeds"], second["seeds"]) == (2, 2)
+    assert average["fill"] == "1 of 9 runs: vitmem-btad-02-paper-s1"
+    assert second["fill"] == "1 of 3 runs: vitmem-btad-02-paper-s1"
+    assert pd.isna(cell(frame, "01", "Ours")["fill"])
+
+
+def test_a_cell_never_run_is_empty_and_says_what_fills_it():
+    frame = cells("kimkwon-mvtec", {})
+    assert len(frame) == 1 and frame["reported"].item() == 99.05
+    assert frame[["reproduced", "difference", "verdict", "tier"]].isna().all(axis=None)
+    assert frame["fill"].item() == "45 of 45 runs: ssltok-mvtec-bottle-paper-s0, ..."
+
+
+def test_one_model_of_all_categories_fills_both_tables():
+    value = {f"{one}/{c}": i / 30 for one in ("mvtec", "visa") for i, c in enumerate(data.categories(one), 1)}
+    found = made("mala2023-1", lambda r: value)
+    frame = cells("mala2023-3", found)
+    assert cell(frame, "pcb1", "Ours")["reproduced"] == pytest.approx(100 * value["visa/pcb1"])
+    assert cell(frame, "average", "Ours")["reproduced"] == pytest.approx(100 * np.mean(range(1, 13)) / 30)
+    frame = cells("mala2023-1", found)
+    assert cell(frame, "zipper", "Ours", "pixel_auroc")["reproduced"] == pytest.approx(50)
+    # trained on one of the two, it is not the paper's model
+    alone = {k: v for k, v in value.items() if k.startswith("mvtec")}
+    frame = cells("mala2023-1", made("mala2023-1", lambda r: alone, dataset="mvtec"), "mvtec")
+    assert set(frame["verdict"].dropna()) == {"other data"}
+
+
+def test_a_figure_that_needs_masks_has_none_without():
+    found = made("yang2024-5", lambda r: 0.9, dataset="folder")
+    for r in found.values():
+        r["metrics"]["pro"] = None
+    frame = cells("yang2024-5", found, "folder")
+    assert cell(frame, "average", "Ours", "pro")["fill"] == "data without masks have no such figure"
+    assert cell(frame, "average", "Ours")["reproduced"] == pytest.approx(90)
+
+
+def test_anovit_is_counted_against_the_convolutions():
+    better = {"bottle", "cable"}
+    found = made("anovit-mvtec", lambda r: 0.6 + 0.1 * (r.method == "anovit") * (r.category in better))
+    frame = cells("anovit-mvtec", found)
+    assert set(frame["column"]) == {"AnoViT", "L2-CAE"}
+    lines = reproduce.remarks("anovit-mvtec", frame)
+    assert lines[1:] == [
+        "AnoViT as reported: above L2-CAE in 9 of 15 categories, equal in 2.",
+        "AnoViT as reproduced: above L2-CAE in 2 of 15 categories, equal in 13.",
+    ]
+
+
+# --- what is there ---------------------------------------------------------------------------------------------------
+
+
+def test_own_runs_come_first_and_other_weights_do_not_count(tmp_path):
+    request = Request("vitmem", "toy")
+    (committed,) = [r for r in existing().values() if digest(r) == request.digest]
+    assert committed["folder"].name == "vitmem-demo-s0"
+    write(tmp_path, request, record(request, 0.123))
+    assert existing(tmp_path)[request.digest]["metrics"]["image_auroc"] == 0.123
+    other = Request("vitmem", "toy", seed=77)
+    write(tmp_path, other, record(other, weights={"asked": "my.safetensors", "source": "file"}))
+    assert other.digest not in existing(tmp_path)
+    assert existing(tmp_path / "nowhere").keys() == existing().keys()
+
+
+def write(folder, request, record):
+    (folder / request.folder).mkdir(parents=True)
+    (folder / request.folder / "record.json").write_text(json.dumps(record, indent=2))
+
+
+# --- time -----------------------------------------------------------------------------------------------------------
+
+
+def test_an_estimate_scales_images_and_epochs():
+    basis = Request("vitmem", "btad", "01", preset="paper", overrides={"epochs": 2})
+    there = [record(basis, seconds=s) for s in (70.0, 80.0, 1000.0)]  # 400 training, 70 test images
+    seconds, said = estimate(Request("vitmem", "mvtec", "bottle", preset="paper"), there)
+    assert seconds == pytest.approx(80 / 400 / 2 * 209 * 200 + 10 / 70 * 83)
+    assert said == "3 runs on cuda, some GPU, 4 thread(s)"
+
+
+def test_an_estimate_has_a_basis_or_says_that_it_has_none():
+    asked = Request("vitmem", "mvtec", "bottle", preset="paper")
+    other = [record(Request("vitmem", "mvtec", "bottle", preset="small"))]
+    other += [record(Request("anovit", "mvtec", "bottle", preset="paper"))]
+    other += [record(Request("vitmem", "mvtec", "bottle", preset="paper", overrides={"image_size": 128}))]
+    assert estimate(asked, other) == (None, "no run of vitmem with preset paper to go by, on any machine")
+    unknown = Request("vitmem", "mt", preset="paper")
+    assert "images of mt is not known" in estimate(unknown, [record(asked)])[1]
+    known = record(Request("vitmem", "mt", preset="small"), counts={"train": 50, "test_good": 5, "test_defective": 5})
+    assert estimate(unknown, [record(asked), known])[0] == pytest.approx(100 / 209 * 50 + 10 / 83 * 10)
+
+
+def test_runs_on_a_machine_like_this_one_count_first():
+    asked = Request("vitmem", "mvtec", "bottle", preset="paper")
+    here = runs.environment(runs.find_device("cpu"))
+    there = [record(asked, seconds=5.0)] * 5 + [record(asked, seconds=500.0, environment=here)]
+    assert estimate(asked, there, "cpu")[0] == pytest.approx(510)
+    assert estimate(asked, there[:5], "cpu")[0] == pytest.approx(15)
+
+
+def test_published_and_generated_counts(toy_root):
+    assert reproduce._images(Request("mala", "mvtec+visa")) == (3629 + 8659, 1725 + 2162)
+    assert reproduce._images(Request("mala", "ksdd2")) == (2085, 1004)
+    sets = data.find("toy", None, "all")
+    assert reproduce._images(Request("mala", "toy")) == (len(sets[3]), len(sets[4]))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.4, "0.4 s"), (42, "42 s"), (150, "2.5 min"), (5400, "1.5 h"), (400000, "4.63 days")]
+)
+def test_durations(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_where_data_can_be_had(tmp_path, monkeypatch):
+    monkeypatch.delenv("VITAD_MT_ROOT", raising=False)
+    both = reproduce.data_missing("mvtec+visa")
+    assert "vitad data download mvtec --root DIR/mvtec --accept-licence" in both and "VisA" not in both
+    assert "CC BY-NC-SA 4.0" in both and "vitad data download visa --root DIR/visa" in both
+    assert "git clone https://github.com" in reproduce.data_missing("mt")
+    (tmp_path / "mvtec").mkdir()
+    assert "'mvtec'" not in reproduce.data_missing("mvtec+visa", tmp_path)
+    assert reproduce.data_missing("mvtec", tmp_path) is reproduce.data_missing("toy") is None
+    assert "nowhere" in reproduce.data_missing("btad", tmp_path / "nowhere")
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def table(tmp_path, monkeypatch, capsys):
+    """`table(*words)` is `vitad table` in an empty folder; gives (status, what it printed)."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("VITAD_MT_ROOT", raising=False)
+
+    def call(*words):
+        status = main(["table", *map(str, words)])
+        printed = capsys.readouterr()
+        return status, printed.out + printed.err
+
+    return call
+
+
+def test_the_list_of_tables(table):
+    status, text = table()
+    assert status == 0
+    found = existing()
+    for name in reproduce.TABLES:
+        there = sum(r.digest in found for r in requests(name))
+        assert re.search(rf"^ *{name} .* {len(requests(name))} +{there}$", text, re.M), name
+    assert re.search(r"^ *yang2024-6 .* toy +12 +12$", table("--dataset", "toy")[1], re.M)
+
+
+def test_a_table_of_committed_records_is_filled(table, tmp_path):
+    status, text = table("yang2024-6", "--dataset", "toy")
+    assert status == 0 and "12 needed, 12 there, 0 missing" in text
+    assert re.search(r"^Base \+ M +85\.7 +\d\d\.\d ± \d\.\d +3 .* other data$", text, re.M)
+    stem = tmp_path / "runs" / "tables" / "yang2024-6-toy-demo"
+    frame = pd.read_csv(f"{stem}.csv")
+    assert list(frame.columns) == list(reproduce.COLUMNS) and frame["reproduced"].notna().all()
+    rows = [line for line in Path(f"{stem}.md").read_text().splitlines() if line.startswith("| ")]
+    assert len(rows) == 2 + 12
+
+
+def test_a_table_without_its_data_lists_runs_and_says_what_it_needs(table):
+    status, text = table("yang2024-5")
+    assert status == 0 and "9 needed, 0 there, 9 missing" in text and "vitad data download btad" in text
+    assert "vitad run vitmem --dataset btad --category 01 --preset paper --seed 0 --out runs/vitmem-btad-01" in text
+    assert "no estimate: no run of vitmem with preset paper" in text and "cells are empty" in text
+    (printed,) = reported.table("yang2024_table5_btad").query("category == '02' and method == 'Ours'")["value_percent"][
+        :1
+    ]
+    assert re.search(rf"^02 +{printed} *$", text, re.M)
+    status, text = table("yang2024-5", "--run")
+    assert status == 2 and text.count("error") == 1 and "'btad' is not at hand" in text
+
+
+def test_mistakes_end_with_one_line(table):
+    status, text = table("yang2023-6")
+    assert status == 2 and text.startswith("vitad: error: unknown table 'yang2023-6'. Did you mean 'yang2024-6'?")
+    status, text = table("yang2024-6", "--dataset", "toi")
+    assert status == 2 and "Did you mean 'toy'" in text and text.count("\n") == 1
+
+
+def test_missing_runs_are_made_and_a_failing_one_stops_no_other(table, toy_root, tmp_path, monkeypatch):
+    words = ["anovit-mvtec", "--dataset", "toy", "--preset", "smoke", "--seeds", 2, "--data-root", toy_root, "--run"]
+    first, *others = requests("anovit-mvtec", "toy", preset="smoke", seeds=2)
+    (tmp_path / "runs" / first.folder).mkdir(parents=True)
+    (tmp_path / "runs" / first.folder / "notes.txt").write_text("mine")
+    status, text = table(*words)
+    assert status == 1 and "1 of 4 runs failed: anovit-toy-gear-smoke-s0" in text
+    assert "[1/4] anovit-toy-gear-smoke-s0" in text and "holds files that are not a run" in text
+    assert re.search(r"\[4/4\] l2cae-toy-gear-smoke-s1, about \S+ (s|min) left", text)
+    assert {r.digest for r in others} == {digest(r) for r in runs.read_records("runs")}
+    (line,) = [line for line in text.splitlines() if line.startswith("AnoViT ")][-1:]
+    frame = pd.read_csv("runs/tables/anovit-mvtec-toy-smoke.csv")
+    assert cell(frame, "average", "AnoViT")["fill"] == "1 of 2 runs: anovit-toy-gear-smoke-s0"
+    assert cell(frame, "average", "L2-CAE")["seeds"] == 2 and line
+
+    shutil.rmtree(tmp_path / "runs" / first.folder)
+    assert table(*words)[0] == 0
+    monkeypatch.setattr(runs, "run", lambda *a, **k: pytest.fail("nothing is left to run"))
+    began = time.perf_counter()
+    status, text = table(*words)
+    assert status == 0 and "4 there, 0 missing" in text and time.perf_counter() - began < 5
+    anovit = [r["metrics"]["image_auroc"] for r in runs.read_records("runs") if r["method"] == "anovit"]
+    shown = cell(pd.read_csv("runs/tables/anovit-mvtec-toy-smoke.csv"), "average", "AnoViT")
+    assert shown["reproduced"] == pytest.approx(100 * np.mean(anovit)) and shown["tier"].startswith("smoke; ")
+
+
+def test_an_unexpected_failure_is_shown_whole(monkeypatch, toy_root, tmp_path):
+    def broken(*words, **options):
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(runs, "run", broken)
+    asked, said = requests("yang2024-4", "toy", preset="smoke", seeds=1), []
+    failed = reproduce.run_missing(asked, {}, tmp_path, toy_root, say=said.append)
+    assert list(failed) == ["vitmem-toy-gear-smoke-s0"] and "Traceback" in said[1] and "a bug" in said[1]
+
+
+def test_a_thousand_records_are_tabulated_in_two_seconds(tmp_path):
+    asked = requests("yang2024-3", seeds=23)[:1000]
+    for request in asked:
+        write(tmp_path, request, record(request, 0.8 + 0.01 * (request.seed % 5)))
+    best = float("inf")
+    for _ in range(3):
+        began = time.process_time()
+        found = existing(tmp_path)
+        lines, _, _ = reproduce.overview(requests("yang2024-3", seeds=23), found)
+        frame = cells("yang2024-3", found, seeds=23)
+        text = reproduce.text(frame)
+        best = min(best, time.process_time() - began)
+    assert sum(r.digest in found for r in asked) == 1000 and len(lines) == 45
+    assert cell(frame, "carpet", "Ours")["seeds"] == 23 and "judged" in text
+    assert best < 2
+
+
+def test_help_needs_no_torch():
+    code = "import sys; sys.argv[1:] = ['table', '--help']; from vitad.cli import main\n"
+    code += "try: main()\nexcept SystemExit: print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "False", done.stderr
