@@ -608,7 +608,7 @@ def shown(frame):
         return ["" if pd.isna(x) else format(x, form) for x in frame[name]]
 
     # As many digits as the column is printed with.
-    digits = frame.groupby(["column", "metric"])["reported"].transform(lambda x: -np.log10(_step(x.dropna())))
+    digits = frame.groupby(["column", "metric"])["reported"].transform(lambda x: abs(np.log10(_step(x.dropna()))))
     return pd.DataFrame(
         {
             "category": frame["category"],
