@@ -105,7 +105,7 @@ def test_a_run_of_a_sweep_equals_a_single_one(method, killed, resumed, toy_root,
     folder = killed[0] / "runs" / asked.folder
     record = runs.read_record(folder)
     differ = {key for key in single if single[key] != record[key]}
-    assert differ <= {"timings", "finished"}
+    assert differ <= {"timings", "finished", "git"}  # somebody may commit meanwhile
     assert {p.name for p in folder.iterdir()} == {p.name for p in (tmp_path / "single").iterdir()}
     assert (runs.read_maps(folder)["maps"] == runs.read_maps(tmp_path / "single")["maps"]).all()
 
