@@ -106,6 +106,18 @@ def test_printed_means_against_their_rows():
     assert means["recomputed"]["yang_guo_2024", "table3", "Ours", IMAGE] == 91.393
 
 
+def test_the_band_of_rounding_holds_all_means_but_those_that_it_cannot_explain():
+    means = reported.means(band=True)
+    inside = means["difference"].between(means["least"] - 1e-6, means["most"] + 1e-6)
+    assert (inside == (means["verdict"] != "not rounding")).all()
+    assert means.drop(columns=["least", "most"]).equals(reported.means())
+    assert means[["least", "most"]].round(9).drop_duplicates().to_numpy().tolist() == [
+        [-1.5, 1.0],
+        [-0.15, 0.1],
+        [-0.6, 0.55],
+    ]
+
+
 def test_means_of_one_paper():
     assert set(reported.means("chen_2023_mala")["paper"]) == {"chen_2023_mala"}
     assert [len(reported.means(p)) for p in ("yang_guo_2024", "chen_2023_mala")] == [34, 24]

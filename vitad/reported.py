@@ -31,13 +31,13 @@ def table(name):
     return _read(name)
 
 
-def means(paper=None):
+def means(paper=None, band=False):
     """Every printed mean beside the mean of its rows; of one paper or of all.
 
     Returns:
         DataFrame `paper, table, method, metric, printed, recomputed, difference, verdict`. The difference is printed
         minus recomputed. `agrees`: within 0.05. `rounding`: can come from rounding the rows, and rounding or cutting
-        off the mean. `not rounding`: cannot.
+        off the mean. `not rounding`: cannot. With `band` also `least, most`, the differences that rounding can make.
     """
     rows = _of(paper, pd.concat([table(name) for name in RESULTS]).dropna(subset="value_percent"))
     found = []
@@ -46,18 +46,24 @@ def means(paper=None):
         printed, cells = values["average"], values.drop("average")
         if len(cells):  # the ablation prints means only
             off = printed - cells.mean()
-            found.append((*key, printed, round(cells.mean(), 3), round(off, 3), _verdict(off, printed, cells)))
-    columns = ["paper", "table", "method", "metric", "printed", "recomputed", "difference", "verdict"]
-    return pd.DataFrame(found, columns=columns)
+            about = (printed, round(cells.mean(), 3), round(off, 3), _verdict(off, printed, cells))
+            found.append((*key, *about, *_band(printed, cells)))
+    columns = ["paper", "table", "method", "metric", "printed", "recomputed", "difference", "verdict", "least", "most"]
+    return pd.DataFrame(found, columns=columns)[columns if band else columns[:-2]]
 
 
 def _verdict(off, printed, cells):
+    least, most = _band(printed, cells)
+    if abs(off) <= 0.05 + EPS:
+        return "agrees"
+    return "rounding" if least - EPS <= off <= most + EPS else "not rounding"
+
+
+def _band(printed, cells):
     """Rows rounded to a grid q shift their mean by q/2 at most; the mean's own grid p adds p/2, or p if cut off."""
     q = 1 if (cells % 1 == 0).all() else 0.1
     p = 1 if q == 1 and printed % 1 == 0 else 0.1
-    if abs(off) <= 0.05 + EPS:
-        return "agrees"
-    return "rounding" if -(q / 2 + p) - EPS <= off <= q / 2 + p / 2 + EPS else "not rounding"
+    return -(q / 2 + p), q / 2 + p / 2
 
 
 def standing(name, metric):
