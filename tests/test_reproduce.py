@@ -409,6 +409,8 @@ def test_a_table_without_its_data_lists_runs_and_says_what_it_needs(table):
         :1
     ]
     assert re.search(rf"^02 +{printed} *$", text, re.M)
+    assert table("yang2024-5", "--category", "01,02", "--out", "here")[0] == 0
+    assert Path("here/yang2024-5-btad-01_02-paper.csv").exists()
     status, text = table("yang2024-5", "--run")
     assert status == 2 and text.count("error") == 1 and "'btad' is not at hand" in text
 

@@ -121,7 +121,7 @@ def _table(args):
     print(f"\n{reproduce.text(frame, shutil.get_terminal_size((120, 24)).columns)}\n")
     for line in reproduce.remarks(args.name, frame):
         print(line)
-    stem = Path(args.out or Path(args.runs) / "tables") / reproduce.stem(args.name, asked)
+    stem = Path(args.out or Path(args.runs) / "tables") / reproduce.stem(args.name, asked, args.category)
     reproduce.write(frame, args.name, title, stem)
     print(f"written: {stem}.csv, {stem}.md")
     if failed:

@@ -267,7 +267,7 @@ def existing(folder=None):
     Runs with other weights than the tables ask for are left out.
     """
     own = runs.read_records(folder) if folder is not None and Path(folder).is_dir() else []
-    return {digest(r): r for r in [*runs.committed(), *own] if r["weights"]["asked"] == "auto"}
+    return {digest(r): r for r in [*runs.committed(), *own] if r.get("weights", {}).get("asked") == "auto"}
 
 
 def run_missing(asked, found, folder, data_root=None, device="auto", say=print):
@@ -433,13 +433,13 @@ def cells(name, found, dataset=None, category=None, split=None, preset=None, see
             here = printed[(printed["column"] == column) & (printed["metric"] == metric)]
             figures = dict(zip(here["category"], here["value"], strict=True))
             for row, tested in rows.items():
-                whole = row == AVERAGE and len(figures) > 1
+                has_rows = row == AVERAGE and len(figures) > 1
                 line = {
                     "category": row,
                     "column": column,
                     "metric": metric,
                     "reported": figures.get(row),
-                    "recomputed": np.mean([v for c, v in figures.items() if c != AVERAGE]) if whole else None,
+                    "recomputed": np.mean([v for c, v in figures.items() if c != AVERAGE]) if has_rows else None,
                     "fill": None if column in asked.ours else "not in this library",
                 }
                 if column in asked.ours:
@@ -502,8 +502,8 @@ def _reproduced(line, needed, tested, metric, found, own, step):
     by_seed = {}
     for record in records:
         by_seed.setdefault(record["seed"], {}).update({c: m[metric] for c, m in _figures(record).items()})
-    whole = [f for f in by_seed.values() if all(f.get(c) is not None for c in tested)]
-    values = np.array([np.mean([100 * f[c] for c in tested]) for f in whole])
+    complete = [f for f in by_seed.values() if all(f.get(c) is not None for c in tested)]
+    values = np.array([np.mean([100 * f[c] for c in tested]) for f in complete])
     missing = [r.name for r in needed if r.digest not in found]
     cell = {"method": needed[0].method, "seeds": len(values)}
     if missing:
@@ -572,20 +572,20 @@ def overview(asked, found, device="auto"):
     Returns:
         (DataFrame `runs, seeds there, missing, time each`, seconds of all that is missing or None, basis as text)
     """
-    lines, left, bases = {}, 0.0, []
+    groups = {}
     for request in asked:
-        head, _, tail = request.name.rpartition(f"-s{request.seed}")
-        if head + tail not in lines:
-            seconds, basis = estimate(request, found.values(), device)
-            time = "" if seconds is None else duration(seconds)
-            lines[head + tail] = {"runs": head + tail, "seeds there": [], "missing": [], "time each": time}
-        there = request.digest in found
-        lines[head + tail]["seeds there" if there else "missing"].append(str(request.seed))
-        if not there:
-            left = None if left is None or seconds is None else left + seconds
+        groups.setdefault("".join(request.name.rpartition(f"-s{request.seed}")[::2]), []).append(request)
+    lines, left, bases = [], 0.0, []
+    for stem, group in groups.items():
+        seconds, basis = estimate(group[0], found.values(), device)
+        there = [r for r in group if r.digest in found]
+        missing = [r for r in group if r.digest not in found]
+        seeds = {k: " ".join(str(r.seed) for r in v) for k, v in {"seeds there": there, "missing": missing}.items()}
+        lines.append({"runs": stem, **seeds, "time each": "" if seconds is None else duration(seconds)})
+        if missing:
+            left = None if left is None or seconds is None else left + seconds * len(missing)
             bases.append(basis)
-    frame = pd.DataFrame([{k: " ".join(v) if isinstance(v, list) else v for k, v in x.items()} for x in lines.values()])
-    return frame, left, "; ".join(dict.fromkeys(bases))
+    return pd.DataFrame(lines), left, "; ".join(dict.fromkeys(bases))
 
 
 def title(name, asked):
@@ -596,9 +596,10 @@ def title(name, asked):
     return f"{name}: {methods.get(asked[0].method).PAPER}; {printed.place}, data {printed.dataset}{on}"
 
 
-def stem(name, asked):
+def stem(name, asked, category=None):
     """Name of the table's files, without suffix."""
-    return "-".join(filter(None, (name, asked[0].dataset, asked[0].split, asked[0].preset)))
+    words = (name, asked[0].dataset, category, asked[0].split, asked[0].preset)
+    return re.sub(r"[^A-Za-z0-9_.+-]", "_", "-".join(filter(None, words)))
 
 
 def shown(frame):
@@ -642,8 +643,8 @@ def text(frame, width=120):
     for figure, part in words.groupby("figure", sort=False):
         ours, others = part[part["ran"]], part[~part["ran"]]
         if ours["category"].nunique() == 1:
-            fields = ["reported", "recomputed mean", "reproduced", "seeds", "difference", "tolerance", "verdict"]
-            wide = ours.set_index("column")[fields].rename_axis(None)
+            all_of_it = ["reported", "recomputed mean", "reproduced", "seeds", "difference", "tolerance", "verdict"]
+            wide = ours.set_index("column")[all_of_it].rename_axis(None)
             wide = wide.loc[:, [c in ("reported", "reproduced") or any(wide[c] != "") for c in wide]]
         else:
             means = ours[ours["recomputed mean"] != ""]
@@ -652,9 +653,8 @@ def text(frame, width=120):
             wide = _pivot(ours, ["reported", "reproduced", "judged"])
         blocks.append(f"{figure}, percent\n{wide.to_string(line_width=width)}")
         if len(others):
-            blocks[-1] += (
-                f"\nreported only\n{_pivot(others, ['reported']).droplevel(1, axis=1).to_string(line_width=width)}"
-            )
+            wide = _pivot(others, ["reported"]).droplevel(1, axis=1)
+            blocks[-1] += f"\nreported only\n{wide.to_string(line_width=width)}"
     tiers = list(dict.fromkeys(frame["tier"].dropna()))
     if tiers:
         blocks.append("reproduced with " + "\n  and ".join(tiers))
@@ -691,12 +691,12 @@ def remarks(name, frame):
     return lines
 
 
-def write(frame, name, title, stem):
-    """`stem.csv` with the figures as they are, `stem.md` with a title and text; each whole or not at all."""
+def write(frame, name, heading, stem):
+    """`stem.csv` with the figures as they are, `stem.md` with a heading and text; each whole or not at all."""
     with whole(f"{stem}.csv") as aside:
         frame.to_csv(aside, index=False)
     with whole(f"{stem}.md") as aside:
-        lines = [f"# {name}", title, *remarks(name, frame), "Percent; mean and standard deviation over seeds."]
+        lines = [f"# {name}", heading, *remarks(name, frame), "Percent; mean and standard deviation over seeds."]
         aside.write_text("\n\n".join([*lines, markdown(shown(frame))]) + "\n")
 
 
