@@ -1,10 +1,9 @@
-"""Sphinx extension: tables and figures from the run records in the book's own pages, and no script from elsewhere.
+"""Sphinx extension: tables from the run records in the book's own pages, and no script from elsewhere.
 
 A comment in a page under book/ is replaced while the book is built; `key=value` pairs choose among the records:
 
     <!-- results dataset=mt -->                                    a table, one line a setting, mean over its seeds
     <!-- splits dataset=mt honest=grouped other=differnet -->      what changing the split does to each method
-    <!-- figures dataset=mt split=grouped seed=0 -->               the heatmap sheet of each run that has one
 """
 
 import re
@@ -12,18 +11,7 @@ from pathlib import Path
 
 from vitad import runs, tables
 
-MARKER = re.compile(r"<!-- (results|splits|figures)((?: \w+=[\w.-]+)*) -->")
-
-
-def figures(records: list[dict], root: Path) -> str:
-    blocks = []
-    for r in records:
-        sheet = r["folder"] / "heatmaps.png"
-        if sheet.exists():
-            what = " ".join(filter(None, (r["method"], "on", r["dataset"], r["category"], r["split"])))
-            caption = f"{what}, preset {r['preset']}, {r['protocol']['image_size'][0]} px, seed {r['seed']}"
-            blocks.append(f"```{{figure}} /{sheet.relative_to(root).as_posix()}\n:figclass: sheet\n\n{caption}\n```")
-    return "\n\n".join(blocks)
+MARKER = re.compile(r"<!-- (results|splits)((?: \w+=[\w.-]+)*) -->")
 
 
 def expand(app, docname, source):
@@ -36,8 +24,6 @@ def expand(app, docname, source):
         records = [r for r in records if set(r["overrides"]) <= {"image_size"}]  # ablations have their own chapters
         if not records:
             return "*No record of such a run has been committed yet.*"
-        if match[1] == "figures":
-            return figures(records, root)
         return tables.markdown(tables.across_splits(records, *splits) if splits else tables.over_seeds(records))
 
     if docname.startswith("book/"):
