@@ -321,7 +321,10 @@ def test_an_estimate_has_a_basis_or_says_that_it_has_none():
     other = [record(Request("vitmem", "mvtec", "bottle", preset="small"))]
     other += [record(Request("anovit", "mvtec", "bottle", preset="paper"))]
     other += [record(Request("vitmem", "mvtec", "bottle", preset="paper", overrides={"image_size": 128}))]
-    assert estimate(asked, other) == (None, "no run of vitmem with preset paper to go by, on any machine")
+    assert estimate(asked, other) == (
+        None,
+        "an epoch on toy gives a basis: vitad run vitmem --preset paper --set epochs=1 --out runs/pace-vitmem",
+    )
     unknown = Request("vitmem", "mt", preset="paper")
     assert "images of mt is not known" in estimate(unknown, [record(asked)])[1]
     known = record(Request("vitmem", "mt", preset="small"), counts={"train": 50, "test_good": 5, "test_defective": 5})
@@ -404,7 +407,7 @@ def test_a_table_without_its_data_lists_runs_and_says_what_it_needs(table):
     status, text = table("yang2024-5")
     assert status == 0 and "9 needed, 0 there, 9 missing" in text and "vitad data download btad" in text
     assert "vitad run vitmem --dataset btad --category 01 --preset paper --seed 0 --out runs/vitmem-btad-01" in text
-    assert "no estimate: no run of vitmem with preset paper" in text and "cells are empty" in text
+    assert "unknown so far\n  an epoch on toy gives a basis: vitad run vitmem" in text and "cells are empty" in text
     (printed,) = reported.table("yang2024_table5_btad").query("category == '02' and method == 'Ours'")["value_percent"][
         :1
     ]

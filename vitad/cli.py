@@ -107,7 +107,8 @@ def _table(args):
     print(lines.to_string(index=False))
     failed = {}
     if missing:
-        print(f"time of the missing here: about {reproduce.duration(left)}, by" if left else "no estimate:", basis)
+        time = f"about {reproduce.duration(left)}, by" if left else "unknown so far"
+        print(f"time of the missing here: {time}\n  {basis}")
         wanted = reproduce.data_missing(asked[0].dataset, args.data_root)
         if args.run and wanted:
             raise UserError(f"nothing can be run.\n{wanted}")

@@ -339,7 +339,9 @@ def estimate(request, records, device="auto"):
     kind = (request.method, request.preset, settings["image_size"])
     same = [r for r in records if (r["method"], r["preset"], r["settings"]["image_size"]) == kind]
     if not same:
-        return None, f"no run of {request.method} with preset {request.preset} to go by, on any machine"
+        once = "".join(f" {k}=1" for k in settings if k.endswith("epochs"))
+        words = f"vitad run {request.method} --preset {request.preset}{once and ' --set'}{once}"
+        return None, f"an epoch on toy gives a basis: {words} --out runs/pace-{request.method}"
     counts = _images(request, records)
     if counts is None:
         return None, f"the number of images of {request.dataset} is not known before the first run"
@@ -585,7 +587,7 @@ def overview(asked, found, device="auto"):
         if missing:
             left = None if left is None or seconds is None else left + seconds * len(missing)
             bases.append(basis)
-    return pd.DataFrame(lines), left, "; ".join(dict.fromkeys(bases))
+    return pd.DataFrame(lines), left, "\n  ".join(dict.fromkeys(bases))
 
 
 def title(name, asked):
