@@ -567,6 +567,15 @@ def test_runs_are_compared_on_the_same_images(smoke, toy_root, tmp_path, monkeyp
             assert np.array_equal(found["maps"][row], map_)
 
 
+def test_runs_of_one_method_are_told_apart_by_their_folders(smoke, toy_root, tmp_path, monkeypatch):
+    smoke(out=tmp_path / "one")
+    smoke(out=tmp_path / "two", overrides={"sigma": 2})
+    drawn, grid = [], runs.plots.heatmap_grid
+    monkeypatch.setattr(runs.plots, "heatmap_grid", lambda *given: drawn.append(given[2]) or grid(*given))
+    runs.compare([tmp_path / "one", tmp_path / "two"], tmp_path / "sheet.png", toy_root)
+    assert list(drawn[0]) == ["one", "two"]
+
+
 def test_runs_of_other_images_are_not_compared(smoke, tmp_path, capsys):
     smoke(out=tmp_path / "gear")
     smoke(out=tmp_path / "grain", category="grain")

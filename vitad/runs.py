@@ -326,6 +326,8 @@ def compare(folders, out, data_root=None, per_kind=2, good=2):
     number = {p: i for i, p in enumerate(test.paths)}
     shown = [number[sorted(shared)[k]] for k in chosen]
     names = [f"{r['method']}\n{r['protocol']['image_size'][0]} px" for r in records]
+    if len(set(names)) < len(names):
+        names = [Path(f).resolve().name for f in folders]
     seen = {n: m["maps"][i[chosen]] for n, m, i in zip(names, maps, rows, strict=True)}
     limits = {n: plots.heat_range(m["maps"]) for n, m in zip(names, maps, strict=True)}
     images, titles = test.batch(shown)["image"].numpy(), [str(d) for d in defects[chosen]]
