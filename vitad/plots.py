@@ -92,7 +92,8 @@ def training_curve(history, width=6.0):
         epochs, values = zip(*((n, row[name]) for n, row in enumerate(history, 1) if name in row), strict=True)
         axis.plot(epochs, values, "--" if name == "val" else "-", label=name)
     axis.set(xlabel="epoch", ylabel="loss", yscale="log")
-    axis.legend(frameon=False)
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))  # beside the curves
     axis.spines[["top", "right"]].set_visible(False)
     return fig
 
