@@ -92,7 +92,7 @@ def _compare(args):
 def _table(args):
     from vitad import reproduce
 
-    options = {k: getattr(args, k) for k in ("dataset", "category", "split", "preset", "seeds")}
+    options = {k: getattr(args, k) for k in ("dataset", "category", "split", "preset", "seeds", "weights")}
     found = reproduce.existing(args.runs)
     if args.name is None:
         print(reproduce.contents(found, **options).to_string(index=False))
@@ -101,23 +101,25 @@ def _table(args):
     asked = reproduce.requests(args.name, **options)
     title = reproduce.title(args.name, asked)
     print(title)
-    lines, left, basis = reproduce.overview(asked, found, args.device)
     missing = [r for r in asked if r.digest not in found]
+    wanted = reproduce.data_missing(asked[0].dataset, args.data_root) if missing else None
+    if wanted and args.run:
+        raise UserError(f"nothing can be run.\n{wanted}")
+    if wanted:
+        print(wanted)
+    lines, left, basis = reproduce.overview(asked, found, args.device)
     print(f"runs: {len(asked)} needed, {len(asked) - len(missing)} there, {len(missing)} missing")
     print(lines.to_string(index=False))
     failed = {}
     if missing:
         time = f"about {reproduce.duration(left)}, by" if left else "unknown so far"
         print(f"time of the missing here: {time}\n  {basis}")
-        wanted = reproduce.data_missing(asked[0].dataset, args.data_root)
-        if args.run and wanted:
-            raise UserError(f"nothing can be run.\n{wanted}")
         if args.run:
             failed = reproduce.run_missing(asked, found, args.runs, args.data_root, args.device)
         else:
-            example = missing[0].command(Path(args.runs) / missing[0].folder, args.data_root)
-            print(*filter(None, (wanted, "run them: the same command with --run; a single one:")), sep="\n")
-            print(" ", shlex.join(example))
+            root = args.data_root or ("DIR" if wanted else None)
+            print("run them: the same command with --run; a single one:")
+            print(" ", shlex.join(missing[0].command(Path(args.runs) / missing[0].folder, root)))
     frame = reproduce.cells(args.name, found, **options)
     print(f"\n{reproduce.text(frame, shutil.get_terminal_size((120, 24)).columns)}\n")
     for line in reproduce.remarks(args.name, frame):
@@ -177,7 +179,7 @@ def _parser():
         metavar="KEY=VALUE",
         help="settings that differ from the preset",
     )
-    run.add_argument("--weights", default="auto", help="of the backbone: auto (default), random, or a safetensors file")
+    _weights_option(run)
     run.add_argument("--out", required=True, metavar="DIR", help="folder of the run; the same call again resumes it")
     run.set_defaults(action=_run)
 
@@ -203,6 +205,7 @@ def _parser():
     table.add_argument("--data-root", metavar="DIR", help="folder of the data set; of mvtec+visa, that with both")
     table.add_argument("--preset", help="default: paper; demo on toy and small on mt, as in the records of the book")
     table.add_argument("--seeds", default=3, metavar="N", help="number of seeds, from 0 (default 3)")
+    _weights_option(table)
     table.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
     table.add_argument("--runs", default="runs", metavar="DIR", help="folder of the runs (default runs)")
     table.add_argument("--run", action="store_true", help="run what is missing; the same call again goes on")
@@ -234,6 +237,15 @@ def _parser():
     verify.add_argument("--root", "--data-root", metavar="DIR", help="folder of the data set")
     verify.set_defaults(action=_data_verify)
     return parser
+
+
+def _weights_option(command):
+    command.add_argument(
+        "--weights",
+        default="auto",
+        metavar="SOURCE",
+        help="of the backbone: auto (default), random, or a safetensors file; mala also takes MAE's .pth",
+    )
 
 
 def _data_options(add, name):

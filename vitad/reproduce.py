@@ -68,6 +68,7 @@ _ABLATION = {
 _IMAGE, _LOCAL, _BOTH = ("image_auroc",), ("pixel_auroc", "pro"), ("image_auroc", "pixel_auroc")
 _ALL = ("image_auroc", "pixel_auroc", "pro")
 _YANG, _CHEN, _KIM, _LEE = "yang_guo_2024", "chen_2023_mala", "kim_kwon_2024", "lee_kang_2022_anovit"
+_TEXTURES = "The paper paints textures of DTD; a run of this table takes procedural ones."
 _T3, _ABSTRACTS = "yang2024_table3_mvtec_image_auroc", "abstract_numbers"
 _ONE_MODEL = "mvtec+visa"  # Chen et al., sec. IV-C: one model for the categories of both
 
@@ -76,8 +77,10 @@ TABLES = {
     "yang2024-4": Table(_YANG, "Table 4", "mvtec", "yang2024_table4_mvtec_localization", "mvtec_ad", _LOCAL, _MEMORY),
     "yang2024-5": Table(_YANG, "Table 5", "btad", "yang2024_table5_btad", "btad", _ALL, _MEMORY),
     "yang2024-6": Table(_YANG, "Table 6", "mvtec", "yang2024_table6_ablation", "mvtec_ad", _ALL, _ABLATION),
-    "mala2023-1": Table(_CHEN, "Table 1", _ONE_MODEL, "mala2023_table1_mvtec_multiclass", "mvtec_ad", _BOTH, _MALA),
-    "mala2023-3": Table(_CHEN, "Table 3", _ONE_MODEL, "mala2023_table3_visa", "visa", _BOTH, _MALA),
+    "mala2023-1": Table(
+        _CHEN, "Table 1", _ONE_MODEL, "mala2023_table1_mvtec_multiclass", "mvtec_ad", _BOTH, _MALA, note=_TEXTURES
+    ),
+    "mala2023-3": Table(_CHEN, "Table 3", _ONE_MODEL, "mala2023_table3_visa", "visa", _BOTH, _MALA, note=_TEXTURES),
     "mala2023-mt": Table(
         _CHEN,
         "sec. IV-D-3",
@@ -90,7 +93,9 @@ TABLES = {
         note="The levels stood in Table 5, which is lost. The text gives differences in pixel AUROC only: 1.1 points "
         "above CFLOW, 5.6 above DFR.",
     ),
-    "mala2023-ksdd2": Table(_CHEN, "Abstract", "ksdd2", _ABSTRACTS, "kolektorsdd2", ("pixel_auroc",), _MALA),
+    "mala2023-ksdd2": Table(
+        _CHEN, "Abstract", "ksdd2", _ABSTRACTS, "kolektorsdd2", ("pixel_auroc",), _MALA, note=_TEXTURES
+    ),
     "anovit-mvtec": Table(
         _LEE,
         "Abstract",
@@ -123,6 +128,7 @@ class Request:
     preset: str = "demo"
     seed: int = 0
     overrides: dict = field(default_factory=dict, hash=False)
+    weights: str = "auto"  # as in `run`; a file is known by its path as it is given
 
     def __post_init__(self):
         category = self.category or getattr(methods.get(self.method), "CATEGORY", None)
@@ -138,7 +144,8 @@ class Request:
     @cached_property
     def digest(self):
         """Hash of all that decides about the result; the same for a record of this run, see `digest`."""
-        return digest({"settings": self.settings(), **{k: getattr(self, k) for k in ASKED}})
+        asked = {k: getattr(self, k) for k in ASKED}
+        return digest({**asked, "settings": self.settings(), "weights": {"asked": str(self.weights)}})
 
     @cached_property
     def name(self):
@@ -152,8 +159,8 @@ class Request:
             variants = getattr(methods.get(self.method), "VARIANTS", {})
             named = [v for v, own in variants.items() if _settings(self.method, self.preset, own) == settings]
             label = named[0] if named else f"{'_'.join(changed)[:40]}_{self.digest[:8]}"
-        words = (self.method, label, self.dataset, self.category, self.split, self.preset, f"s{self.seed}")
-        plain = "-".join(filter(None, words))
+        words = (self.method, label, _label(self.weights), self.dataset, self.category, self.split, self.preset)
+        plain = "-".join(filter(None, (*words, f"s{self.seed}")))
         safe = re.sub(r"[^a-z0-9_.+-]", "_", plain)
         return safe if safe == plain else f"{safe}-{self.digest[:8]}"
 
@@ -171,6 +178,8 @@ class Request:
         words += ["--preset", self.preset, "--seed", str(self.seed)]
         if self.overrides:
             words += ["--set", *(f"{key}={_word(value)}" for key, value in self.overrides.items())]
+        if self.weights != "auto":
+            words += ["--weights", str(self.weights)]
         if data_root is not None:
             words += ["--data-root", str(data_root)]
         return [*words, "--out", str(out)]
@@ -182,7 +191,16 @@ ASKED = ("method", "dataset", "category", "split", "seed")
 def digest(record):
     """Hash of what a run record was asked for: equal to that of the `Request` which asks for this run."""
     asked = {key: record[key] for key in (*ASKED, "settings")}
+    if (weights := record["weights"]["asked"]) != "auto":
+        asked["weights"] = weights
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+
+
+def _label(weights):
+    """Name of weights in names of runs and of files; those that a method takes by itself have none."""
+    if weights == "auto":
+        return None
+    return f"{Path(weights).stem}_{hashlib.sha256(str(weights).encode()).hexdigest()[:8]}"
 
 
 def table(name):
@@ -192,7 +210,7 @@ def table(name):
     return TABLES[name]
 
 
-def requests(name, dataset=None, category=None, split=None, preset=None, seeds=3):
+def requests(name, dataset=None, category=None, split=None, preset=None, seeds=3, weights="auto"):
     """The runs that a table needs, as a list of `Request`, none twice.
 
     Args:
@@ -203,12 +221,13 @@ def requests(name, dataset=None, category=None, split=None, preset=None, seeds=3
         split: of `mt`; by default the paper's, or that of the data set.
         preset: by default `paper`, `demo` on `toy` and `small` on `mt`, as the records of the book were made.
         seeds: how many, from 0.
+        weights: of the backbone, as in `runs.run`.
     """
-    found = [r for c in table(name).ours for r in _column(name, c, dataset, category, split, preset, seeds)]
+    found = [r for c in table(name).ours for r in _column(name, c, dataset, category, split, preset, seeds, weights)]
     return list({r.digest: r for r in found}.values())
 
 
-def _column(name, column, dataset, category, split, preset, seeds):
+def _column(name, column, dataset, category, split, preset, seeds, weights):
     """The runs of one printed column."""
     asked = table(name)
     method, overrides = asked.ours[column]
@@ -219,7 +238,7 @@ def _column(name, column, dataset, category, split, preset, seeds):
         raise UserError(f"seeds={seeds} is not usable. Give a whole number from 1.")
     preset = preset or PRESETS.get(dataset, "paper")
     return [
-        Request(method, dataset, trained_on, split, preset, seed, overrides)
+        Request(method, dataset, trained_on, split, preset, seed, overrides, weights)
         for trained_on in _models(method, dataset, category)
         for seed in range(int(seeds))
     ]
@@ -264,10 +283,10 @@ def combinations(blocks):
 def existing(folder=None):
     """{digest: record} of the runs at hand: those of the book and those below `folder`, which come first.
 
-    Runs with other weights than the tables ask for are left out.
+    Other JSON files of that name are passed over.
     """
     own = runs.read_records(folder) if folder is not None and Path(folder).is_dir() else []
-    return {digest(r): r for r in [*runs.committed(), *own] if r.get("weights", {}).get("asked") == "auto"}
+    return {digest(r): r for r in [*runs.committed(), *own] if "asked" in r.get("weights", {})}
 
 
 def run_missing(asked, found, folder, data_root=None, device="auto", say=print):
@@ -292,6 +311,7 @@ def run_missing(asked, found, folder, data_root=None, device="auto", say=print):
                 request.seed,
                 device,
                 request.overrides,
+                request.weights,
                 out=Path(folder) / request.folder,
             )
         except Exception as e:  # whatever it is, it is this run's
@@ -399,38 +419,41 @@ def _images(request, records=()):
 # --- cells -------------------------------------------------------------------------------------------------------
 
 COLUMNS = (
-    *("category", "column", "metric", "method", "reported", "recomputed", "reproduced", "spread", "seeds"),
+    *("category", "column", "metric", "method", "reported", "step", "recomputed", "reproduced", "spread", "seeds"),
     *("difference", "tolerance", "verdict", "tier", "fill"),
 )
 
 
-def cells(name, found, dataset=None, category=None, split=None, preset=None, seeds=3):
+def cells(name, found, dataset=None, category=None, split=None, preset=None, seeds=3, weights="auto"):
     """A table cell by cell, in percent.
 
     Args:
-        name, dataset, category, split, preset, seeds: as in `requests`.
+        name, dataset, category, split, preset, seeds, weights: as in `requests`.
         found: {digest: record}, as `existing` gives.
 
     Returns:
         DataFrame, one row for each category, printed column and metric:
 
-        * `reported`: as printed. `recomputed`: for an average, the mean of the printed rows, where there are rows.
+        * `reported`: as printed. `step`: unit of the last digit that is printed in this column. `recomputed`: for an
+          average, the mean of the printed rows, where there are rows.
         * `reproduced`, `spread`, `seeds`: mean, standard deviation and number of the seeds. An average is taken seed
           by seed, and only of seeds for which all categories are there.
         * `difference`: reproduced minus recomputed, or minus reported where nothing is recomputed.
         * `tolerance`: how far from the mean of n seeds one more run may lie (95 %, Student's t), which is
-          t(0.975, n-1) * spread * sqrt(1 + 1/n), and half a unit of the last printed digit. None for one seed.
-        * `verdict`: `agrees` within the tolerance, else `above` or `below`. `one seed` has no spread to judge by,
-          `other data` is not the paper's data set, or not all of its images, `other settings` are not the preset
-          `paper`, and with `nothing printed` there is nothing to judge.
+          t(0.975, n-1) * spread * sqrt(1 + 1/n), and half a `step`. None for one seed.
+        * `verdict`: `agrees` within the tolerance, else `above` or `below`. `one seed` has no spread to judge by;
+          `other data` is not the paper's data set, or not all of its images, and has neither difference nor tolerance;
+          `other settings` are not the preset `paper`; `other weights` start at random what the method's settings
+          have pretrained, such as MALA's decoder without MAE's file; with `nothing printed` there is nothing to judge.
         * `tier`: preset and hardware. `fill`: what would fill a cell that is empty.
     """
     asked, own = table(name), dataset in (None, table(name).dataset)
     printed = _printed(asked)
-    needed = {column: _column(name, column, dataset, category, split, preset, seeds) for column in asked.ours}
+    needed = {column: _column(name, column, dataset, category, split, preset, seeds, weights) for column in asked.ours}
     rows = _rows(printed, next(iter(needed.values())), own)
     lines = []
     for column in dict.fromkeys([*asked.ours, *printed["column"]]):
+        step = _step(printed[printed["column"] == column]["value"].dropna())
         for metric in asked.metrics:
             here = printed[(printed["column"] == column) & (printed["metric"] == metric)]
             figures = dict(zip(here["category"], here["value"], strict=True))
@@ -441,16 +464,16 @@ def cells(name, found, dataset=None, category=None, split=None, preset=None, see
                     "column": column,
                     "metric": metric,
                     "reported": figures.get(row),
+                    "step": step,
                     "recomputed": np.mean([v for c, v in figures.items() if c != AVERAGE]) if has_rows else None,
                     "fill": None if column in asked.ours else "not in this library",
                 }
                 if column in asked.ours:
-                    step = _step(figures.values())
-                    line |= _reproduced(line, needed[column], tested, metric, found, own, step)
+                    line |= _reproduced(line, needed[column], tested, metric, found, own)
                 if column in asked.ours or row in figures:
                     lines.append(line)
     frame = pd.DataFrame(lines, columns=COLUMNS)
-    numbers = ["reported", "recomputed", "reproduced", "spread", "difference", "tolerance"]
+    numbers = ["reported", "step", "recomputed", "reproduced", "spread", "difference", "tolerance"]
     return frame.astype(dict.fromkeys(COLUMNS, object) | dict.fromkeys(numbers, float) | {"seeds": "Int64"})
 
 
@@ -497,7 +520,7 @@ def _figures(record):
     return {c.split("/")[-1]: m for c, m in several.items()} or {record["category"]: record["metrics"]}
 
 
-def _reproduced(line, needed, tested, metric, found, own, step):
+def _reproduced(line, needed, tested, metric, found, own):
     """What the runs say: the columns of `cells` from `method` on."""
     needed = [r for r in needed if set(_tested(r)) & set(tested)]
     records = [found[r.digest] for r in needed if r.digest in found]
@@ -514,17 +537,20 @@ def _reproduced(line, needed, tested, metric, found, own, step):
         return cell | ({} if missing else {"fill": "data without masks have no such figure"})
     target = line["reported"] if line["recomputed"] is None else line["recomputed"]
     cell |= {"reproduced": values.mean(), "tier": " + ".join(sorted({_tier(r) for r in records}))}
-    if target is not None:
-        cell["difference"] = values.mean() - target
     if len(values) > 1:
         cell["spread"] = values.std(ddof=1)
-        t = stdtrit(len(values) - 1, 0.975)
-        cell["tolerance"] = t * cell["spread"] * (1 + 1 / len(values)) ** 0.5 + step / 2
-    pairs = ((r, found[r.digest]) for r in needed if r.digest in found)
+    pairs = [(r, found[r.digest]) for r in needed if r.digest in found]
     if not own or not all(_all_images(request, record) for request, record in pairs):
-        verdict = "other data"
-    elif any(r.preset not in FAITHFUL for r in needed):
+        return cell | {"verdict": "other data"}
+    if target is not None:
+        cell["difference"] = values.mean() - target
+        if len(values) > 1:
+            t = stdtrit(len(values) - 1, 0.975)
+            cell["tolerance"] = t * cell["spread"] * (1 + 1 / len(values)) ** 0.5 + line["step"] / 2
+    if any(r.preset not in FAITHFUL for r in needed):
         verdict = "other settings"
+    elif not all(_as_pretrained(r) for r in records):
+        verdict = "other weights"
     elif target is None:
         verdict = "nothing printed"
     elif len(values) == 1:
@@ -537,8 +563,14 @@ def _reproduced(line, needed, tested, metric, found, own, step):
 
 
 def _step(values):
-    """Unit of the last printed digit of a column."""
-    return next(step for step in (1, 0.1, 0.01) if all(abs(v / step - round(v / step)) < 1e-6 for v in values))
+    """Unit of the last printed digit of a column, all its figures together; None where it has none."""
+    steps = (step for step in (1, 0.1, 0.01) if all(abs(v / step - round(v / step)) < 1e-6 for v in values))
+    return next(steps) if len(values) else None
+
+
+def _as_pretrained(record):
+    """Whether nothing started at random that the method's settings have pretrained, in whole or in part."""
+    return not (record["settings"].get("pretrained") and record["weights"]["source"].endswith("random"))
 
 
 def _all_images(request, record):
@@ -556,15 +588,15 @@ def _tier(record):
 
 
 def contents(found, **options):
-    """DataFrame of all tables: `table, paper, place, data, runs, there`; `options` as in `requests`."""
+    """DataFrame of all tables: `table, paper, place, data, preset, runs, there`; `options` as in `requests`."""
     lines = []
     for name, asked in TABLES.items():
         needed = requests(name, **options)
         there = sum(r.digest in found for r in needed)
         paper = methods.get(next(iter(asked.ours.values()))[0]).PAPER
         where = " ".join(filter(None, (needed[0].dataset, needed[0].split)))
-        lines.append({"table": name, "paper": paper, "place": asked.place, "data": where, "runs": len(needed)})
-        lines[-1]["there"] = there
+        lines.append({"table": name, "paper": paper, "place": asked.place, "data": where})
+        lines[-1] |= {"preset": needed[0].preset, "runs": len(needed), "there": there}
     return pd.DataFrame(lines)
 
 
@@ -600,7 +632,7 @@ def title(name, asked):
 
 def stem(name, asked, category=None):
     """Name of the table's files, without suffix."""
-    words = (name, asked[0].dataset, category, asked[0].split, asked[0].preset)
+    words = (name, asked[0].dataset, category, asked[0].split, asked[0].preset, _label(asked[0].weights))
     return re.sub(r"[^A-Za-z0-9_.+-]", "_", "-".join(filter(None, words)))
 
 
@@ -610,8 +642,7 @@ def shown(frame):
     def words(name, form):
         return ["" if pd.isna(x) else format(x, form) for x in frame[name]]
 
-    # As many digits as the column is printed with.
-    digits = frame.groupby(["column", "metric"])["reported"].transform(lambda x: abs(np.log10(_step(x.dropna()))))
+    digits = abs(np.log10(frame["step"]))  # as many as the column is printed with
     return pd.DataFrame(
         {
             "category": frame["category"],
@@ -659,7 +690,7 @@ def text(frame, width=120):
             blocks[-1] += f"\nreported only\n{wide.to_string(line_width=width)}"
     tiers = list(dict.fromkeys(frame["tier"].dropna()))
     if tiers:
-        blocks.append("reproduced with " + "\n  and ".join(tiers))
+        blocks.append("reproduced with (preset; hardware): " + "\n  and ".join(tiers))
     empty = frame["method"].notna() & frame["reproduced"].isna()
     if empty.any():
         blocks.append(f"{empty.sum()} cells are empty; the files say for each which runs would fill it")
