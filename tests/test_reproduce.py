@@ -437,7 +437,9 @@ def test_the_list_of_tables(table):
 def test_a_table_of_committed_records_is_filled(table, tmp_path):
     status, text = table("yang2024-6", "--dataset", "toy")
     assert (
-        status == 0 and "12 needed, 12 there, 0 missing" in text and "reproduced with (preset; hardware): demo; " in text
+        status == 0
+        and "12 needed, 12 there, 0 missing" in text
+        and "reproduced with (preset; hardware): demo; " in text
     )
     assert re.search(r"^Base \+ M +85\.7 +\d\d\.\d ± \d\.\d +3 .* other data$", text, re.M)
     stem = tmp_path / "runs" / "tables" / "yang2024-6-toy-demo"
