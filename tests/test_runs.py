@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -574,6 +575,18 @@ def test_runs_of_one_method_are_told_apart_by_their_folders(smoke, toy_root, tmp
     monkeypatch.setattr(runs.plots, "heatmap_grid", lambda *given: drawn.append(given[2]) or grid(*given))
     runs.compare([tmp_path / "one", tmp_path / "two"], tmp_path / "sheet.png", toy_root)
     assert list(drawn[0]) == ["one", "two"]
+
+
+def test_runs_are_not_compared_on_data_that_lacks_their_images(smoke, toy_root, tmp_path, capsys):
+    shutil.copytree(toy_root / "gear", tmp_path / "gear")
+    smoke(dataset="folder", data_root=tmp_path / "gear")
+    for path in (tmp_path / "gear" / "test" / "stain").iterdir():
+        path.rename(path.with_stem(f"another-{path.stem}"))
+    for path in (tmp_path / "gear" / "ground_truth" / "stain").iterdir():
+        path.rename(path.with_stem(f"another-{path.stem}"))
+    command = f"compare {tmp_path}/run --data-root {tmp_path}/gear --out {tmp_path}/sheet.png"
+    assert main(command.split()) == 2 and not (tmp_path / "sheet.png").exists()
+    assert re.search(r"does not hold test/stain/\d+.png, which these runs were tested on", capsys.readouterr().err)
 
 
 def test_runs_of_other_images_are_not_compared(smoke, tmp_path, capsys):

@@ -306,32 +306,33 @@ def compare(folders, out, data_root=None, per_kind=2, good=2):
         per_kind, good: images of each kind of defect, and good ones.
 
     Raises:
-        UserError: where runs have no maps, or share no test image.
+        UserError: where runs have no maps, share no test image, or were tested on other data than `data_root`.
     """
     records, maps = [read_record(f) for f in folders], [read_maps(f) for f in folders]
     shared = set.intersection(*({str(p) for p in m["paths"]} for m in maps))
     if not shared or len({(r["dataset"], r["split"]) for r in records}) > 1:
         raise UserError("these runs share no test images. Give runs of one data set, one split and one category.")
-    rows = []  # of the shared images, in the order of their names
+    paths, rows = sorted(shared), []
     for m in maps:
         number = {str(p): i for i, p in enumerate(m["paths"])}
-        rows.append(np.array([number[p] for p in sorted(shared)]))
+        rows.append(np.array([number[p] for p in paths]))
     labels, defects = (maps[0][k][rows[0]] for k in ("labels", "defects"))
     ranks = [m["scores"][i].argsort().argsort() for m, i in zip(maps, rows, strict=True)]
     chosen = plots.examples(labels, defects, per_kind, good, order=np.mean(ranks, 0))
 
-    best = max(records, key=lambda r: r["protocol"]["image_size"])
-    size, r = best["protocol"]["image_size"], records[0]
-    test = data.load(r["dataset"], data_root, r["category"], r["split"], size, MASK_THRESHOLD, skip_bad=True).test
-    number = {p: i for i, p in enumerate(test.paths)}
-    shown = [number[sorted(shared)[k]] for k in chosen]
+    r, size = records[0], max(r["protocol"]["image_size"] for r in records)
+    root, *_, test_records = data.find(r["dataset"], data_root, r["category"], r["split"])
+    by_path = {t.path.relative_to(root).as_posix(): t for t in test_records}
+    if absent := [paths[k] for k in chosen if paths[k] not in by_path]:
+        raise UserError(f"{root} does not hold {absent[0]}, which these runs were tested on. Give their --data-root.")
+    test = data.ImageSet([by_path[paths[k]] for k in chosen], root, size, mask_threshold=MASK_THRESHOLD)
     names = [f"{r['method']}\n{r['protocol']['image_size'][0]} px" for r in records]
     if len(set(names)) < len(names):
         names = [Path(f).resolve().name for f in folders]
     seen = {n: m["maps"][i[chosen]] for n, m, i in zip(names, maps, rows, strict=True)}
     limits = {n: plots.heat_range(m["maps"]) for n, m in zip(names, maps, strict=True)}
-    images, titles = test.batch(shown)["image"].numpy(), [str(d) for d in defects[chosen]]
-    plots.save(plots.heatmap_grid(images, test.masks[shown], seen, titles, limits, 0.8 * len(chosen)), out, dpi=100)
+    images, titles = test.batch(range(len(test)))["image"].numpy(), [str(d) for d in defects[chosen]]
+    plots.save(plots.heatmap_grid(images, test.masks, seen, titles, limits, 0.8 * len(chosen)), out, dpi=100)
 
 
 def find_device(name):
