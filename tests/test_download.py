@@ -255,8 +255,9 @@ def test_another_file_is_recognised_and_deleted(algorithm, offered, place, serve
     server.content = content[:-1] + b"?"
     assert fetch(place / "btad") == 2
     said = line(capsys)
-    expected = hashlib.new(algorithm, content).hexdigest()
-    assert f"does not have the {algorithm} {expected}" in said and "--url" in said and SOURCES["btad"].page in said
+    expected, found = (hashlib.new(algorithm, c).hexdigest() for c in (content, server.content))
+    assert f"has the {algorithm} {found} instead of {expected}" in said
+    assert "--url" in said and SOURCES["btad"].page in said
     assert not list(place.iterdir())
     server.content = content
     assert fetch(place / "btad") == 0

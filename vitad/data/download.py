@@ -169,9 +169,11 @@ def fetch(url, path, source):
         pooch.retrieve(url, source.checksum, path.name, path.parent, downloader=go_on)
     except UserError:
         raise
-    except ValueError as e:  # which pooch raises for another checksum
+    except ValueError as e:  # which pooch raises for another checksum, and says both
+        algorithm, expected = source.checksum.split(":")
+        found = str(e).partition("but got ")[2].partition(".")[0]
         raise UserError(
-            f"{url} does not have the {source.checksum.replace(':', ' ')}, so it is another file and was deleted. "
+            f"{url} has the {algorithm} {found} instead of {expected}, so it is another file and was deleted. "
             f"See {source.page} for the present address and give it with --url."
         ) from e
 
