@@ -735,6 +735,17 @@ def test_paper_preset_is_section_4_c():
     assert (paper.betas, paper.weight_decay, paper.mask_fill, paper.pretrained) == ((0.9, 0.95), 0.05, "zeros", True)
 
 
+def test_small_is_the_paper_with_a_smaller_encoder_and_fewer_epochs():
+    small = resolve(mala.Settings, mala.PRESETS, "small", {"pretrained": False})
+    model = mala.Model(small)
+    assert (len(model.encoder.blocks), model.encoder.embed_dim, model.grid) == (12, 768, (14, 14))
+    stage1, stage2 = model.phases()
+    assert (stage1.epochs, stage2.epochs) == (100, 50)
+    assert all(p.requires_grad for name, p in model.encoder.named_parameters() if name != "pos_embed")
+    changed = {"encoder": small.encoder, "stage1_epochs": 100, "epochs": 50, "pretrained": False}
+    assert small == resolve(mala.Settings, mala.PRESETS, "paper", changed)
+
+
 def test_variants_differ_in_one_part_each():
     kinds = {name: make(**switches) for name, switches in mala.VARIANTS.items()}
     stages = {name: [phase.name for phase in model.phases()] for name, model in kinds.items()}

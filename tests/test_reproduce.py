@@ -114,7 +114,7 @@ def test_the_data_and_presets_of_tables():
     # one model for the categories of both data sets, which serves both tables
     assert [r.name for r in requests("mala2023-1", seeds=1)] == ["mala-mvtec+visa-all-paper-s0"]
     assert requests("mala2023-1") == requests("mala2023-3")
-    assert {(r.split, r.preset) for r in requests("mala2023-mt")} == {("mala100", "small")}
+    assert {(r.split, r.preset) for r in requests("mala2023-mt")} == {("mala100", "small_dinov2")}
     assert {(r.split, r.preset) for r in requests("yang2024-6", "mt")} == {("grouped", "small")}
     assert {(r.category, r.preset) for r in requests("yang2024-6", "toy")} == {("gear", "demo")}
     assert {r.category for r in requests("yang2024-4", "toy", "each")} == {"gear", "grain", "weave"}

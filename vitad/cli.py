@@ -168,7 +168,9 @@ def _parser():
     run = commands.add_parser("run", help="train and evaluate one method on one data set")
     run.add_argument("method", metavar="METHOD", help=", ".join(METHODS))
     _data_options(run.add_argument, "--dataset")
-    run.add_argument("--preset", default="demo", help="smoke, demo (default), small or paper; anovit also legacy")
+    run.add_argument(
+        "--preset", default="demo", help="smoke, demo (default), small or paper; anovit also legacy, mala small_dinov2"
+    )
     run.add_argument("--seed", default=0, help="a whole number from 0 (default 0)")
     run.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
     run.add_argument(
@@ -203,7 +205,7 @@ def _parser():
     )
     table.add_argument("--split", help="mt: grouped (default), differnet or mala100 (default of mala2023-mt)")
     table.add_argument("--data-root", metavar="DIR", help="folder of the data set; of mvtec+visa, that with both")
-    table.add_argument("--preset", help="default: paper; demo on toy and small on mt, as in the records of the book")
+    table.add_argument("--preset", help="default: that of the book's own records on toy and mt, elsewhere paper")
     table.add_argument("--seeds", default=3, metavar="N", help="number of seeds, from 0 (default 3)")
     _weights_option(table)
     table.add_argument("--device", default="auto", help="auto (default), cpu or cuda")

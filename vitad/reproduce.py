@@ -27,7 +27,8 @@ from vitad.methods import vitmem
 from vitad.settings import as_json, resolve
 from vitad.tables import METRIC_NAMES, markdown
 
-PRESETS = {"toy": "demo", "mt": "small"}  # where none is asked for; other data sets: `paper`
+# Where none is asked for, as in the records of the book; elsewhere `paper`.
+PRESETS = {"toy": "demo", "mt": "small", ("mala", "mt"): "small_dinov2"}
 FAITHFUL = ("paper", "legacy")  # presets whose figures can be held against a paper's
 EACH = "each"  # as a category: one model for each
 AVERAGE = "average"
@@ -219,7 +220,7 @@ def requests(name, dataset=None, category=None, split=None, preset=None, seeds=3
         category: one, or several with commas between, or `each`. By default each of a published data set, and that
             of `data.part` elsewhere; a method that takes all categories in one model, such as `mala`, does so.
         split: of `mt`; by default the paper's, or that of the data set.
-        preset: by default `paper`, `demo` on `toy` and `small` on `mt`, as the records of the book were made.
+        preset: by default that of the book's own records where there are some, see `PRESETS`, elsewhere `paper`.
         seeds: how many, from 0.
         weights: of the backbone, as in `runs.run`.
     """
@@ -236,7 +237,7 @@ def _column(name, column, dataset, category, split, preset, seeds, weights):
         split = split or asked.split
     if not str(seeds).isdecimal() or int(seeds) < 1:
         raise UserError(f"seeds={seeds} is not usable. Give a whole number from 1.")
-    preset = preset or PRESETS.get(dataset, "paper")
+    preset = preset or PRESETS.get((method, dataset)) or PRESETS.get(dataset, "paper")
     return [
         Request(method, dataset, trained_on, split, preset, seed, overrides, weights)
         for trained_on in _models(method, dataset, category)
