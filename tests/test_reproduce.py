@@ -252,6 +252,31 @@ def test_weights_that_start_at_random_are_not_the_papers(source, verdict):
     assert "other weights" not in set(frame["verdict"])
 
 
+@pytest.mark.parametrize(
+    ("given", "verdict"),
+    [({"textures": "/data/dtd"}, "above"), (["textures=/data/dtd"], "above"), ({"epochs": 7}, "other settings")],
+)
+def test_settings_for_the_whole_table(given, verdict):
+    """The folder of DTD is the paper's own setting; others make another method of it."""
+    value = {f"{one}/{c}": 0.999 for one in ("mvtec", "visa") for c in data.categories(one)}
+    options = dict(weights="mae.pth", overrides=given)
+    asked = requests("mala2023-3", **options)
+    assert {r.digest for r in asked}.isdisjoint(r.digest for r in requests("mala2023-3", weights="mae.pth"))
+    assert len({r.name.removesuffix(f"-s{r.seed}") for r in asked}) == 1  # seeds differ in nothing else
+    found = made("mala2023-3", lambda r: value, **options)
+    for r in found.values():
+        r["weights"]["source"] = "file mae.pth"
+    frame = cells("mala2023-3", found, **options)
+    assert cell(frame, "average", "Ours", "pixel_auroc")["verdict"] == verdict
+    assert cells("mala2023-3", found, weights="mae.pth")["reproduced"].isna().all()
+    assert reproduce.stem("mala2023-3", asked, None, given) != reproduce.stem("mala2023-3", asked)
+
+
+def test_a_setting_of_the_columns_cannot_be_set_for_the_whole_table():
+    with pytest.raises(UserError, match="memory=False: the columns of yang2024-6 differ in memory"):
+        requests("yang2024-6", overrides={"memory": False})
+
+
 def test_other_data_other_settings_and_fewer_images_are_not_judged():
     frame = cells("yang2024-5", made("yang2024-5", lambda r: 0.9, preset="small"), preset="small")
     assert set(frame["verdict"].dropna()) == {"other settings"}
@@ -514,6 +539,8 @@ def test_weights_are_passed_on_and_their_runs_found_again(table, toy_root, monke
 
     monkeypatch.setattr(runs, "run", run)
     words = ["mala2023-1", "--dataset", "toy", "--preset", "smoke", "--seeds", 1, "--data-root", toy_root]
+    status, text = table(*words, "--set", "textures=/dtd", "stage1_epochs=1", "--weights", "mae.pth")
+    assert "--set textures=/dtd stage1_epochs=1 --weights mae.pth" in text and "1 missing" in text
     status, text = table(*words, "--weights", "mae.pth", "--run")
     assert status == 0 and [w[-1] for w in made] == ["mae.pth"]
     assert list(Path("runs/tables").glob("mala2023-1-toy-smoke-mae_*.csv"))

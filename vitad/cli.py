@@ -93,6 +93,7 @@ def _table(args):
     from vitad import reproduce
 
     options = {k: getattr(args, k) for k in ("dataset", "category", "split", "preset", "seeds", "weights")}
+    options["overrides"] = args.set
     found = reproduce.existing(args.runs)
     if args.name is None:
         print(reproduce.contents(found, **options).to_string(index=False))
@@ -124,7 +125,7 @@ def _table(args):
     print(f"\n{reproduce.text(frame, shutil.get_terminal_size((120, 24)).columns)}\n")
     for line in reproduce.remarks(args.name, frame):
         print(line)
-    stem = Path(args.out or Path(args.runs) / "tables") / reproduce.stem(args.name, asked, args.category)
+    stem = Path(args.out or Path(args.runs) / "tables") / reproduce.stem(args.name, asked, args.category, args.set)
     reproduce.write(frame, args.name, title, stem)
     print(f"written: {stem}.csv, {stem}.md")
     if failed:
@@ -173,15 +174,7 @@ def _parser():
     )
     run.add_argument("--seed", default=0, help="a whole number from 0 (default 0)")
     run.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
-    run.add_argument(
-        "--set",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="KEY=VALUE",
-        help="settings that differ from the preset",
-    )
-    _weights_option(run)
+    _settings_options(run)
     run.add_argument("--out", required=True, metavar="DIR", help="folder of the run; the same call again resumes it")
     run.set_defaults(action=_run)
 
@@ -207,7 +200,7 @@ def _parser():
     table.add_argument("--data-root", metavar="DIR", help="folder of the data set; of mvtec+visa, that with both")
     table.add_argument("--preset", help="default: that of the book's own records on toy and mt, elsewhere paper")
     table.add_argument("--seeds", default=3, metavar="N", help="number of seeds, from 0 (default 3)")
-    _weights_option(table)
+    _settings_options(table)
     table.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
     table.add_argument("--runs", default="runs", metavar="DIR", help="folder of the runs (default runs)")
     table.add_argument("--run", action="store_true", help="run what is missing; the same call again goes on")
@@ -241,7 +234,15 @@ def _parser():
     return parser
 
 
-def _weights_option(command):
+def _settings_options(command):
+    command.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="settings that differ from the preset",
+    )
     command.add_argument(
         "--weights",
         default="auto",

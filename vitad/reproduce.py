@@ -24,12 +24,12 @@ from vitad.data.download import SOURCES
 from vitad.errors import UserError, unknown
 from vitad.files import whole
 from vitad.methods import vitmem
-from vitad.settings import as_json, resolve
+from vitad.settings import as_json, parse_overrides, resolve
 from vitad.tables import METRIC_NAMES, markdown
 
-# Where none is asked for, as in the records of the book; elsewhere `paper`.
-PRESETS = {"toy": "demo", "mt": "small", ("mala", "mt"): "small_dinov2"}
-FAITHFUL = ("paper", "legacy")  # presets whose figures can be held against a paper's
+PRESETS = {"toy": "demo", "mt": "small", ("mala", "mt"): "small_dinov2"}  # of the book's own records
+FAITHFUL = ("paper", "legacy")  # presets whose figures can be held against a paper's,
+FILES = {"textures"}  # also with these settings, which say where something lies
 EACH = "each"  # as a category: one model for each
 AVERAGE = "average"
 
@@ -69,7 +69,7 @@ _ABLATION = {
 _IMAGE, _LOCAL, _BOTH = ("image_auroc",), ("pixel_auroc", "pro"), ("image_auroc", "pixel_auroc")
 _ALL = ("image_auroc", "pixel_auroc", "pro")
 _YANG, _CHEN, _KIM, _LEE = "yang_guo_2024", "chen_2023_mala", "kim_kwon_2024", "lee_kang_2022_anovit"
-_TEXTURES = "The paper paints textures of DTD; a run of this table takes procedural ones."
+_TEXTURES = "The paper paints textures of DTD; without --set textures=FOLDER they are procedural here."
 _T3, _ABSTRACTS = "yang2024_table3_mvtec_image_auroc", "abstract_numbers"
 _ONE_MODEL = "mvtec+visa"  # Chen et al., sec. IV-C: one model for the categories of both
 
@@ -159,7 +159,7 @@ class Request:
         if changed:
             variants = getattr(methods.get(self.method), "VARIANTS", {})
             named = [v for v, own in variants.items() if _settings(self.method, self.preset, own) == settings]
-            label = named[0] if named else f"{'_'.join(changed)[:40]}_{self.digest[:8]}"
+            label = named[0] if named else f"{'_'.join(changed)[:40]}_{_hash(settings)[:8]}"
         words = (self.method, label, _label(self.weights), self.dataset, self.category, self.split, self.preset)
         plain = "-".join(filter(None, (*words, f"s{self.seed}")))
         safe = re.sub(r"[^a-z0-9_.+-]", "_", plain)
@@ -194,7 +194,11 @@ def digest(record):
     asked = {key: record[key] for key in (*ASKED, "settings")}
     if (weights := record["weights"]["asked"]) != "auto":
         asked["weights"] = weights
-    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+    return _hash(asked)
+
+
+def _hash(value):
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _label(weights):
@@ -211,7 +215,12 @@ def table(name):
     return TABLES[name]
 
 
-def requests(name, dataset=None, category=None, split=None, preset=None, seeds=3, weights="auto"):
+def usual_preset(method, dataset):
+    """The preset of the book's own records of a method on a data set; `paper` where there are none."""
+    return PRESETS.get((method, dataset)) or PRESETS.get(dataset, "paper")
+
+
+def requests(name, dataset=None, category=None, split=None, preset=None, seeds=3, weights="auto", overrides=None):
     """The runs that a table needs, as a list of `Request`, none twice.
 
     Args:
@@ -220,26 +229,30 @@ def requests(name, dataset=None, category=None, split=None, preset=None, seeds=3
         category: one, or several with commas between, or `each`. By default each of a published data set, and that
             of `data.part` elsewhere; a method that takes all categories in one model, such as `mala`, does so.
         split: of `mt`; by default the paper's, or that of the data set.
-        preset: by default that of the book's own records where there are some, see `PRESETS`, elsewhere `paper`.
+        preset: by default `usual_preset`.
         seeds: how many, from 0.
         weights: of the backbone, as in `runs.run`.
+        overrides: further settings of all runs, beside those that make the columns.
     """
-    found = [r for c in table(name).ours for r in _column(name, c, dataset, category, split, preset, seeds, weights)]
-    return list({r.digest: r for r in found}.values())
+    options = (dataset, category, split, preset, seeds, weights, overrides)
+    return list({r.digest: r for column in table(name).ours for r in _column(name, column, *options)}.values())
 
 
-def _column(name, column, dataset, category, split, preset, seeds, weights):
+def _column(name, column, dataset, category, split, preset, seeds, weights, overrides):
     """The runs of one printed column."""
     asked = table(name)
-    method, overrides = asked.ours[column]
+    method, own = asked.ours[column]
+    given = parse_overrides(overrides)
+    if clash := sorted(own.keys() & given):
+        raise UserError(f"{clash[0]}={given[clash[0]]}: the columns of {name} differ in {clash[0]}. Leave it out.")
     dataset = dataset or asked.dataset
     if dataset == asked.dataset:
         split = split or asked.split
     if not str(seeds).isdecimal() or int(seeds) < 1:
         raise UserError(f"seeds={seeds} is not usable. Give a whole number from 1.")
-    preset = preset or PRESETS.get((method, dataset)) or PRESETS.get(dataset, "paper")
+    preset = preset or usual_preset(method, dataset)
     return [
-        Request(method, dataset, trained_on, split, preset, seed, overrides, weights)
+        Request(method, dataset, trained_on, split, preset, seed, {**own, **given}, weights)
         for trained_on in _models(method, dataset, category)
         for seed in range(int(seeds))
     ]
@@ -273,8 +286,8 @@ def combinations(blocks):
             asked = {k: v for k, v in zip(block, values, strict=True) if v is not None}
             if not {"method", "dataset"} <= asked.keys():
                 raise UserError(f"the runs of {block} need a method and a dataset.")
-            if not isinstance(asked.get("overrides", {}), dict):
-                raise UserError(f"overrides {asked['overrides']!r} have no keys. Write them as {{key: value}}.")
+            if "overrides" in asked:
+                asked["overrides"] = parse_overrides(asked["overrides"])
             category = str(asked["category"]) if "category" in asked else None
             for one in _models(asked["method"], asked["dataset"], category):
                 found.append(Request(**asked | {"category": one}))
@@ -425,11 +438,11 @@ COLUMNS = (
 )
 
 
-def cells(name, found, dataset=None, category=None, split=None, preset=None, seeds=3, weights="auto"):
+def cells(name, found, dataset=None, category=None, split=None, preset=None, seeds=3, weights="auto", overrides=None):
     """A table cell by cell, in percent.
 
     Args:
-        name, dataset, category, split, preset, seeds, weights: as in `requests`.
+        name, dataset, category, split, preset, seeds, weights, overrides: as in `requests`.
         found: {digest: record}, as `existing` gives.
 
     Returns:
@@ -444,13 +457,15 @@ def cells(name, found, dataset=None, category=None, split=None, preset=None, see
           t(0.975, n-1) * spread * sqrt(1 + 1/n), and half a `step`. None for one seed.
         * `verdict`: `agrees` within the tolerance, else `above` or `below`. `one seed` has no spread to judge by;
           `other data` is not the paper's data set, or not all of its images, and has neither difference nor tolerance;
-          `other settings` are not the preset `paper`; `other weights` start at random what the method's settings
-          have pretrained, such as MALA's decoder without MAE's file; with `nothing printed` there is nothing to judge.
+          `other settings` are not those of `paper`; `other weights` start at random what the method's settings have
+          pretrained, such as MALA's decoder without MAE's file; with `nothing printed` there is nothing to judge.
         * `tier`: preset and hardware. `fill`: what would fill a cell that is empty.
     """
     asked, own = table(name), dataset in (None, table(name).dataset)
     printed = _printed(asked)
-    needed = {column: _column(name, column, dataset, category, split, preset, seeds, weights) for column in asked.ours}
+    options = (dataset, category, split, preset, seeds, weights, overrides)
+    needed = {column: _column(name, column, *options) for column in asked.ours}
+    changed = bool(parse_overrides(overrides).keys() - FILES)
     rows = _rows(printed, next(iter(needed.values())), own)
     lines = []
     for column in dict.fromkeys([*asked.ours, *printed["column"]]):
@@ -470,7 +485,7 @@ def cells(name, found, dataset=None, category=None, split=None, preset=None, see
                     "fill": None if column in asked.ours else "not in this library",
                 }
                 if column in asked.ours:
-                    line |= _reproduced(line, needed[column], tested, metric, found, own)
+                    line |= _reproduced(line, needed[column], tested, metric, found, own, changed)
                 if column in asked.ours or row in figures:
                     lines.append(line)
     frame = pd.DataFrame(lines, columns=COLUMNS)
@@ -521,7 +536,7 @@ def _figures(record):
     return {c.split("/")[-1]: m for c, m in several.items()} or {record["category"]: record["metrics"]}
 
 
-def _reproduced(line, needed, tested, metric, found, own):
+def _reproduced(line, needed, tested, metric, found, own, changed):
     """What the runs say: the columns of `cells` from `method` on."""
     needed = [r for r in needed if set(_tested(r)) & set(tested)]
     records = [found[r.digest] for r in needed if r.digest in found]
@@ -548,7 +563,7 @@ def _reproduced(line, needed, tested, metric, found, own):
         if len(values) > 1:
             t = stdtrit(len(values) - 1, 0.975)
             cell["tolerance"] = t * cell["spread"] * (1 + 1 / len(values)) ** 0.5 + line["step"] / 2
-    if any(r.preset not in FAITHFUL for r in needed):
+    if changed or any(r.preset not in FAITHFUL for r in needed):
         verdict = "other settings"
     elif not all(_as_pretrained(r) for r in records):
         verdict = "other weights"
@@ -631,9 +646,11 @@ def title(name, asked):
     return f"{name}: {methods.get(asked[0].method).PAPER}; {printed.place}, data {printed.dataset}{on}"
 
 
-def stem(name, asked, category=None):
+def stem(name, asked, category=None, overrides=None):
     """Name of the table's files, without suffix."""
-    words = (name, asked[0].dataset, category, asked[0].split, asked[0].preset, _label(asked[0].weights))
+    given = parse_overrides(overrides)
+    label = f"{'_'.join(given)[:40]}_{_hash(given)[:8]}" if given else None
+    words = (name, asked[0].dataset, category, asked[0].split, asked[0].preset, _label(asked[0].weights), label)
     return re.sub(r"[^A-Za-z0-9_.+-]", "_", "-".join(filter(None, words)))
 
 

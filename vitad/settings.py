@@ -36,6 +36,8 @@ def parse_overrides(pairs):
     """`["lr=1e-4", "epochs=3"]` as a dict of strings. A dict, as papermill gives it, is handed through."""
     if isinstance(pairs, dict):
         return pairs
+    if isinstance(pairs, str):
+        raise UserError(f"overrides {pairs!r} have no keys. Write them as {{key: value}}.")
     overrides = {}
     for pair in pairs or ():
         key, equals, value = pair.partition("=")
