@@ -509,6 +509,23 @@ def test_the_stages_are_trained_on_their_images(gears):
     assert len(model.chosen[1]) == 9 and len(model.chosen[2]) == 5
 
 
+def test_stage_1_can_draw_other_images_in_each_epoch(gears):
+    switches = dict(stage1_images=8, stage2_images=5, stage1_batch_size=4, batch_size=5, stage1_epochs=4)
+    asked = {}
+    for again in (False, True):
+        torch.manual_seed(5)
+        model, watched = make(**switches, resample_each_epoch=again), Watched(gears.train)
+        model.prepare(watched, CPU)
+        watched.asked.clear()
+        train(model, watched, 0, CPU, amp=False)
+        assert list(map(len, watched.asked)) == [4] * 8 + [5] * 2
+        epochs = [set(a + b) for a, b in zip(watched.asked[:8:2], watched.asked[1:8:2], strict=True)]
+        assert all(len(epoch) == 8 for epoch in epochs)  # none twice
+        asked[again] = {frozenset(epoch) for epoch in epochs}, set(watched.asked[8])
+    assert len(asked[False][0]) == 1 and len(asked[True][0]) == 4
+    assert asked[False][1] == asked[True][1]  # stage 2 has its own as before
+
+
 def test_one_model_for_all_categories_is_the_default(toy_root, tmp_path):
     asked = dict(data_root=toy_root, preset="smoke", device="cpu", overrides={"stage2_images": 3, "mode": "global"})
     record = runs.run("mala", **asked, out=tmp_path / "run")

@@ -183,6 +183,13 @@ def images_of_stages(model, gears):
     return [len(phase.images) for phase in model.phases()]
 
 
+def drawn_in_two_epochs(model, gears):
+    """Whether two epochs of stage 1 have other images."""
+    model.prepare(gears.train, CPU)
+    phase = model.phases()[0]
+    return phase.draw is not None and any(phase.draw(np.random.default_rng(0)) != phase.draw(np.random.default_rng(1)))
+
+
 def stage_losses(number):
     """The losses of a stage of mala, the same random numbers each time."""
 
@@ -275,6 +282,7 @@ SWITCHES = {
         "pipeline": ("recon", stages, ["stage1"]),
         "stage1": (False, stages, ["stage2"]),
         "stage1_images": (5, images_of_stages, [5, 12]),
+        "resample_each_epoch": (True, drawn_in_two_epochs, True),
         "stage1_epochs": (3, stage("stage1", "epochs"), 3),
         "stage1_batch_size": (32, lambda m, g: [stage("stage1", f)(m, g) for f in ("batch_size", "lr")], [32, 1e-3]),
         "stage1_lr": (0.5, stage("stage1", "lr"), 0.5 * 16 / 256),
@@ -367,7 +375,12 @@ SWITCHES = {
 @pytest.mark.parametrize("method, name", [(m, f.name) for m in SWITCHES for f in fields(m.Settings) if f.name != "amp"])
 def test_every_switch_changes_what_it_names(method, name, gears, weights):
     value, look, expected = SWITCHES[method][name]
-    needs = {"sampling": {"bank_size": 30}, "top": {"score": "top"}, "recon_passes": {"pipeline": "recon"}}
+    needs = {
+        "sampling": {"bank_size": 30},
+        "top": {"score": "top"},
+        "resample_each_epoch": {"stage1_images": 5},
+        "recon_passes": {"pipeline": "recon"},
+    }
     more = needs.get(name, {})
     assert getattr(make(method, weights, **more).settings, name) != value
     before = look(make(method, weights, **more), gears)

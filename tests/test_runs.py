@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import vitad
-from vitad import data, methods, runs, training
+from vitad import data, methods, reproduce, runs, training
 from vitad.cli import main
 from vitad.errors import UserError
 from vitad.files import read_safetensors
@@ -433,6 +433,24 @@ def test_a_folder_with_another_run_is_left_alone(
     with pytest.raises(UserError, match=f"holds another run: {message}. Give another folder with --out"):
         smoke(**{"method": "anovit"} | change)
     assert snapshot(tmp_path) == before
+
+
+def test_a_setting_that_is_newer_than_a_run_has_its_default(smoke, tmp_path, monkeypatch):
+    record = smoke()
+    file = tmp_path / "run" / "record.json"
+    older = record | {"settings": {k: v for k, v in record["settings"].items() if k != "sigma"}}
+    file.write_text(json.dumps(older))
+    assert runs.settings_of(older) == record["settings"]
+    assert smoke() == older  # found, not made again
+    asked = {k: record[k] for k in ("dataset", "category", "split", "preset")}
+    (tmp_path / "results").mkdir()
+    shutil.copytree(tmp_path / "run", tmp_path / "results" / "run")
+    monkeypatch.setattr(runs.vitad, "__file__", str(tmp_path / "vitad" / "__init__.py"))
+    assert [r["seed"] for r in runs.committed_seeds("patchknn", **asked)] == [record["seed"]]
+    assert runs.committed_seeds("patchknn", **asked, overrides={"sigma": 1.0}) == []
+    assert list(reproduce.existing()) == [reproduce.digest(record)]
+    with pytest.raises(UserError, match="holds another run: sigma is 4.0 there and 1.0 here"):
+        smoke(overrides={"sigma": 1.0})
 
 
 def test_other_images_are_another_run(own, smoke):

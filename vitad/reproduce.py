@@ -191,7 +191,7 @@ ASKED = ("method", "dataset", "category", "split", "seed")
 
 def digest(record):
     """Hash of what a run record was asked for: equal to that of the `Request` which asks for this run."""
-    asked = {key: record[key] for key in (*ASKED, "settings")}
+    asked = {key: record[key] for key in ASKED} | {"settings": runs.settings_of(record)}
     if (weights := record["weights"]["asked"]) != "auto":
         asked["weights"] = weights
     return _hash(asked)

@@ -218,6 +218,11 @@ def read_record(folder):
         raise UserError(f"{path} is not readable ({e}). Run it again into another folder.") from e
 
 
+def settings_of(record):
+    """A record's settings. One that is newer than the record has its default, which has to be what was done before."""
+    return as_json(methods.get(record["method"]).Settings()) | record["settings"]
+
+
 def read_records(folder):
     """All records below a folder, sorted by path; each also holds its `folder`."""
     paths = sorted(Path(folder).rglob("record.json"))
@@ -238,8 +243,9 @@ def committed_seeds(method, dataset="toy", category=None, split=None, data_root=
     module = methods.get(method)
     settings = as_json(resolve(module.Settings, module.PRESETS, preset, parse_overrides(overrides)))
     category, split = data.part(dataset, category or getattr(module, "CATEGORY", None), split)
-    asked = {"method": method, "category": category, "split": split, "settings": settings}
-    return [r for r in committed(dataset) if all(r[k] == v for k, v in asked.items())]
+    asked = {"category": category, "split": split, "settings": settings}
+    found = [r for r in committed(dataset) if r["method"] == method]
+    return [r for r in found if all({**r, "settings": settings_of(r)}[k] == v for k, v in asked.items())]
 
 
 def find_or_run(method, seed=0, device="auto", out="runs/latest", **request):
@@ -414,7 +420,7 @@ def _claim(out, request):
         return None
     else:
         raise UserError(f"{out} holds files that are not a run. Give another folder with --out.")
-    mine, theirs = ({**r, **r["settings"], "settings": None} for r in (request, there))
+    mine, theirs = ({**r, **settings_of(r), "settings": None} for r in (request, there))
     for key, value in mine.items():
         if theirs.get(key) != value:
             raise UserError(

@@ -40,6 +40,9 @@ class Phase:
     patience: int | None = None  # epochs without a better validation loss before stopping; needs val_fraction
     losses: Callable[[dict], dict] | None = field(default=None, repr=False)  # of this phase; None: `model.losses`
     images: np.ndarray | None = field(default=None, repr=False)  # numbers of those it is trained on; None: all
+    draw: Callable[[np.random.Generator], np.ndarray] | None = field(
+        default=None, repr=False
+    )  # or: draws as many for an epoch
 
 
 def warm_up_then_cosine(warm_up):
@@ -113,7 +116,8 @@ def train(model, images, seed, device, amp=True, state_path=None, keep=None):
         with tqdm(desc=phase.name, total=phase.epochs * steps, initial=done, unit="step") as bar:
             while at["epoch"] < phase.epochs and not _out_of_patience(phase, at):
                 model.train()
-                order = np.random.default_rng([seed, number, at["epoch"]]).permutation(fit)
+                random = np.random.default_rng([seed, number, at["epoch"]])
+                order = random.permutation(phase.draw(random) if phase.draw else fit)
                 while at["step"] < steps:
                     chosen = order[at["step"] * phase.batch_size :][: phase.batch_size]
                     with autocast(device, amp):

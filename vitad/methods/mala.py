@@ -46,6 +46,7 @@ class Settings:
     stage1: bool = True  # sec. IV-E; off: weights as they come
     stage1_encoder: bool = True  # sec. III-A; ours, off: features that no MAE made stay, decoder and PLPM learn alone
     stage1_images: int = 200  # sec. IV-C, of each category; 0 takes all
+    resample_each_epoch: bool = False  # ours: sec. IV-C's "in each epoch" may mean other images each time
     stage1_epochs: int = 2000  # sec. IV-C
     stage1_batch_size: int = 128  # sec. IV-C
     stage1_lr: float = 1e-3  # sec. IV-C: for 256 images, scaled with the size of the batch
@@ -193,6 +194,7 @@ class Model(nn.Module):
             self.weights = load_mae(self, source)
         self.synthesis = Synthesis(("perlin",), s.damage, s.mode, s.textures, keep_grey=s.keep_grey)
         self.chosen = {1: None, 2: None}  # which images each stage is trained on, from prepare()
+        self.drawn_anew = None  # or: how to draw those of an epoch of stage 1
         self.foreground = None
         self.protocol = {
             "normalisation": "imagenet",
@@ -287,6 +289,8 @@ class Model(nn.Module):
         """Draw the images of both stages, as many of each category; find the foreground of those to be damaged."""
         s = self.settings
         self.chosen = {1: draw(images.categories, s.stage1_images), 2: draw(images.categories, s.stage2_images)}
+        if s.resample_each_epoch:
+            self.drawn_anew = lambda random: draw(images.categories, s.stage1_images, random.permutation)
         if s.pipeline == "e2e" and s.mode != "global":
             self.foreground = torch.cat([foreground_mask(images.batch([i])["image"]) for i in self.chosen[2]])
 
@@ -307,6 +311,7 @@ class Model(nn.Module):
             schedule=warm_up_then_cosine(s.warm_up),
             losses=self.stage1_losses,
             images=self.chosen[1],
+            draw=self.drawn_anew,
             **adamw,
         )
         if s.pipeline == "recon":
@@ -417,12 +422,12 @@ def sincos(grid, width):
     return torch.cat([torch.zeros(1, width), table])[None]
 
 
-def draw(categories, most):
+def draw(categories, most, permutation=torch.randperm):
     """Numbers, in order, of up to `most` random images of each category; of all where `most` is 0."""
     chosen = []
     for category in np.unique(categories):
         members = np.flatnonzero(categories == category)
-        chosen.append(members[torch.randperm(len(members))[: most or None]])
+        chosen.append(members[permutation(len(members))[: most or None]])
     return np.sort(np.concatenate(chosen))
 
 
