@@ -79,7 +79,7 @@ class Settings:
 
 PRESETS = {
     "paper": {},
-    # For one GPU: the middle one of MAE's three encoders, a twentieth of stage 1 and a fourteenth of stage 2.
+    # For one GPU: the smallest of MAE's encoders, a twentieth of stage 1 and a fourteenth of stage 2.
     "small": {"encoder": "vit_base_patch16_224.mae", "stage1_epochs": 100, "epochs": 50},
     # For two cores, on one data set: the first two thirds of DINOv2 ViT-S/14, as they come, in place of MAE's ViT-L, a
     # smaller decoder and PLPM, and few epochs of small batches, over as many images as the paper takes. Tiles fill the
