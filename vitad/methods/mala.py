@@ -103,7 +103,7 @@ PRESETS = {
         "keep_grey": True,
     },
     # Half a minute on two cores: the first half of DINOv2 ViT-S/14, as it comes, in place of MAE's ViT-L; a quarter of
-    # the pixels, a smaller decoder and PLPM, about a hundredth of the epochs. MAE's own features and their adaptation
+    # the pixels, a smaller decoder and PLPM, a hundredth of the epochs or less. MAE's own features and their adaptation
     # to the images, half of the paper's idea, are thus left out.
     "demo": {
         "encoder": DINOV2_S14,
