@@ -243,9 +243,9 @@ def committed_seeds(method, dataset="toy", category=None, split=None, data_root=
     module = methods.get(method)
     settings = as_json(resolve(module.Settings, module.PRESETS, preset, parse_overrides(overrides)))
     category, split = data.part(dataset, category or getattr(module, "CATEGORY", None), split)
-    asked = {"category": category, "split": split, "settings": settings}
-    found = [r for r in committed(dataset) if r["method"] == method]
-    return [r for r in found if all({**r, "settings": settings_of(r)}[k] == v for k, v in asked.items())]
+    asked = (method, category, split)
+    found = [r for r in committed(dataset) if (r["method"], r["category"], r["split"]) == asked]
+    return [r for r in found if settings_of(r) == settings]
 
 
 def find_or_run(method, seed=0, device="auto", out="runs/latest", **request):

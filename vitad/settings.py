@@ -36,7 +36,7 @@ def parse_overrides(pairs):
     """`["lr=1e-4", "epochs=3"]` as a dict of strings. A dict, as papermill gives it, is handed through."""
     if isinstance(pairs, dict):
         return pairs
-    if isinstance(pairs, str):
+    if not isinstance(pairs, (list, tuple, type(None))):
         raise UserError(f"overrides {pairs!r} have no keys. Write them as {{key: value}}.")
     overrides = {}
     for pair in pairs or ():

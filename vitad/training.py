@@ -40,9 +40,7 @@ class Phase:
     patience: int | None = None  # epochs without a better validation loss before stopping; needs val_fraction
     losses: Callable[[dict], dict] | None = field(default=None, repr=False)  # of this phase; None: `model.losses`
     images: np.ndarray | None = field(default=None, repr=False)  # numbers of those it is trained on; None: all
-    draw: Callable[[np.random.Generator], np.ndarray] | None = field(
-        default=None, repr=False
-    )  # or: draws as many for an epoch
+    draw: Callable[[np.random.Generator], np.ndarray] | None = field(default=None, repr=False)  # as many, each epoch
 
 
 def warm_up_then_cosine(warm_up):
