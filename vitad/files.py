@@ -12,7 +12,7 @@ from vitad.errors import UserError
 
 
 @contextmanager
-def whole(path):
+def atomic_write(path):
     """Give a name to write to; it becomes `path` when the block ends well and vanishes when it does not.
 
     A full disk, a read-only folder and the like become a `UserError`; what `path` held before stays.
@@ -33,7 +33,7 @@ def whole(path):
 
 def write_safetensors(tensors, path, metadata=None):
     """Write tensors (moved to the CPU) and a dict of strings."""
-    with whole(path) as aside:
+    with atomic_write(path) as aside:
         save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, aside, metadata)
 
 

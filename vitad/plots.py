@@ -4,7 +4,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
-from vitad.files import whole
+from vitad.files import atomic_write
 
 HEAT = "inferno"
 OUTLINE = "#00c2a8"  # ground truth; told apart from the heat scale by colour-blind readers too
@@ -164,7 +164,7 @@ def outline(axis, mask, colour, width):
 
 def save(fig, path, dpi=100):
     """Write a figure as PNG, whole or not at all, and close it."""
-    with whole(path) as aside:
+    with atomic_write(path) as aside:
         fig.savefig(aside, format="png", dpi=dpi)
     plt.close(fig)
 

@@ -22,7 +22,7 @@ from vitad import data, methods, reported, runs
 from vitad.data import toy
 from vitad.data.download import SOURCES
 from vitad.errors import UserError, unknown
-from vitad.files import whole
+from vitad.files import atomic_write
 from vitad.methods import vitmem
 from vitad.settings import as_json, parse_overrides, resolve
 from vitad.tables import METRIC_NAMES, markdown
@@ -744,9 +744,9 @@ def remarks(name, frame):
 
 def write(frame, name, heading, stem):
     """`stem.csv` with the figures as they are, `stem.md` with a heading and text; each whole or not at all."""
-    with whole(f"{stem}.csv") as aside:
+    with atomic_write(f"{stem}.csv") as aside:
         frame.to_csv(aside, index=False)
-    with whole(f"{stem}.md") as aside:
+    with atomic_write(f"{stem}.md") as aside:
         lines = [f"# {name}", heading, *remarks(name, frame), "Percent; mean and standard deviation over seeds."]
         aside.write_text("\n\n".join([*lines, markdown(shown(frame))]) + "\n")
 

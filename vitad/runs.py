@@ -20,7 +20,7 @@ from tqdm import tqdm
 import vitad
 from vitad import data, methods, plots
 from vitad.errors import UserError
-from vitad.files import read_safetensors, whole, write_safetensors
+from vitad.files import atomic_write, read_safetensors, write_safetensors
 from vitad.metrics import evaluate
 from vitad.settings import as_json, parse_overrides, resolve
 from vitad.training import autocast, train
@@ -167,7 +167,7 @@ def run(
             "git": git_state(),
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         }
-        with whole(out / "record.json") as aside:
+        with atomic_write(out / "record.json") as aside:
             aside.write_text(json.dumps(record, indent=2) + "\n")
     return record
 
@@ -439,7 +439,7 @@ def _unfinished(out, request):
     mark = out / ".run"
     state = mark / "state.pt"
     try:
-        with whole(mark / "request.json") as aside:
+        with atomic_write(mark / "request.json") as aside:
             aside.write_text(json.dumps(request))
         yield state
     except BaseException:
@@ -497,7 +497,7 @@ def _timings(times, history, n_test):
 
 def _write_maps(path, test, maps, scores):
     named = dict(masks=test.masks, labels=test.labels, paths=test.paths, defects=test.defects)
-    with whole(path) as aside, open(aside, "wb") as file:
+    with atomic_write(path) as aside, open(aside, "wb") as file:
         np.savez(file, maps=maps, scores=scores, **named)
 
 
@@ -508,7 +508,7 @@ def _score_rows(paths, defects, labels, scores):
 
 def _write_rows(path, rows):
     if rows:
-        with whole(path) as aside, open(aside, "w", newline="") as file:
+        with atomic_write(path) as aside, open(aside, "w", newline="") as file:
             table = csv.DictWriter(file, list(dict.fromkeys(k for row in rows for k in row)))
             table.writeheader()
             table.writerows(rows)

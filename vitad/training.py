@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from vitad.errors import UserError
-from vitad.files import whole
+from vitad.files import atomic_write
 
 SAVE_SECONDS = 30.0  # at least; and saving never takes more than a twentieth of the time
 CHECK_STEPS = 25  # the losses stay on the device for this many steps, so that no step waits for it
@@ -180,7 +180,7 @@ class _Saver:
             "optimizer": self.optimizer.state_dict(),
             "random": _random_state(),
         }
-        with whole(self.path) as aside:
+        with atomic_write(self.path) as aside:
             try:
                 torch.save(state, aside)
             except RuntimeError as e:  # in place of an OSError when the disk is full
