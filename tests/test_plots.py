@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 from sklearn.metrics import confusion_matrix
 
-from vitad import plots
 from vitad.errors import UserError
-from vitad.widgets import bars, slider_over, threshold_explorer
+from vitad.show import plots
+from vitad.show.widgets import bars, slider_over, threshold_explorer
 
 
 @pytest.fixture(autouse=True)

@@ -17,12 +17,15 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import vitad
-from vitad import data, methods, reproduce, runs, training
+from vitad import data, methods, runs, training
 from vitad.cli import main
 from vitad.errors import UserError
 from vitad.files import read_safetensors
 from vitad.metrics import evaluate
+from vitad.runs import pipeline
 from vitad.settings import as_json, resolve
+from vitad.show import plots
+from vitad.show.compare import compare
 
 KEYS = [
     *("method", "paper", "dataset", "category", "split", "preset", "seed", "settings", "overrides"),
@@ -337,7 +340,7 @@ def test_a_finished_run_returns_at_once(smoke, tmp_path, monkeypatch):
     record = smoke()
     before = snapshot(tmp_path)
     monkeypatch.setattr(methods.get("patchknn"), "Model", lambda *_: pytest.fail("made a model"))
-    monkeypatch.setattr(data, "load", lambda *_, **__: pytest.fail("decoded images"))
+    monkeypatch.setattr(data.Found, "load", lambda *_, **__: pytest.fail("decoded images"))
     assert smoke() == record
     assert snapshot(tmp_path) == before
 
@@ -383,7 +386,7 @@ def test_a_run_that_fails_keeps_what_others_put_into_its_folder(smoke, tmp_path,
         (out / "notes.txt").write_text("mine")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(runs, "score", note)
+    monkeypatch.setattr(pipeline, "score", note)
     with pytest.raises(KeyboardInterrupt):
         smoke()
     assert [p.name for p in out.iterdir()] == ["notes.txt"]
@@ -412,7 +415,7 @@ def test_leftovers_of_killed_sessions_are_removed(smoke, tmp_path):
         ({"overrides": {"lr": 1.0}}, "lr is 0.0002 there and 1.0 here"),
         ({"category": "grain"}, "category is 'gear' there and 'grain' here"),
         ({"method": "l2cae"}, "method is 'anovit' there and 'l2cae' here"),
-        ({"weights": "random"}, "weights_asked is 'auto' there and 'random' here"),
+        ({"weights": "random"}, "weights is 'auto' there and 'random' here"),
         ({"dataset": "folder", "category": "gear"}, "dataset is 'toy' there and 'folder' here"),
     ],
 )
@@ -425,7 +428,7 @@ def test_a_folder_with_another_run_is_left_alone(
     else:
         with monkeypatch.context() as patch:
             patch.setattr(training, "SAVE_SECONDS", 0)
-            patch.setattr(runs, "score", interrupt)
+            patch.setattr(pipeline, "score", interrupt)
             with pytest.raises(KeyboardInterrupt):
                 smoke("anovit")
     before = snapshot(tmp_path)
@@ -442,13 +445,13 @@ def test_a_setting_that_is_newer_than_a_run_has_its_default(smoke, tmp_path, mon
     file.write_text(json.dumps(older))
     assert runs.settings_of(older) == record["settings"]
     assert smoke() == older  # found, not made again
-    asked = {k: record[k] for k in ("dataset", "category", "split", "preset")}
+    asked = runs.Request("patchknn", **{k: record[k] for k in ("dataset", "category", "split", "preset")})
     (tmp_path / "results").mkdir()
     shutil.copytree(tmp_path / "run", tmp_path / "results" / "run")
-    monkeypatch.setattr(runs.vitad, "__file__", str(tmp_path / "vitad" / "__init__.py"))
-    assert [r["seed"] for r in runs.committed_seeds("patchknn", **asked)] == [record["seed"]]
-    assert runs.committed_seeds("patchknn", **asked, overrides={"sigma": 1.0}) == []
-    assert list(reproduce.existing()) == [reproduce.digest(record)]
+    monkeypatch.setattr(vitad, "__file__", str(tmp_path / "vitad" / "__init__.py"))
+    assert [r["seed"] for r in runs.committed_seeds(asked)] == [record["seed"]]
+    assert runs.committed_seeds(asked.override(sigma=1.0)) == []
+    assert list(runs.by_hash()) == [runs.hash_of(record)]
     with pytest.raises(UserError, match="holds another run: sigma is 4.0 there and 1.0 here"):
         smoke(overrides={"sigma": 1.0})
 
@@ -566,8 +569,8 @@ def test_runs_are_compared_on_the_same_images(smoke, toy_root, tmp_path, monkeyp
         drawn.update(images=images, masks=masks, maps=maps, titles=titles)
         return grid(images, masks, maps, titles, *_)
 
-    grid = runs.plots.heatmap_grid
-    monkeypatch.setattr(runs.plots, "heatmap_grid", watch)
+    grid = plots.heatmap_grid
+    monkeypatch.setattr(plots, "heatmap_grid", watch)
     sheet = tmp_path / "sheet.png"
     command = f"compare {tmp_path}/gear {tmp_path}/l2cae --data-root {toy_root} --out {sheet}"
     assert main(command.split()) == 0 and str(sheet) in capsys.readouterr().out
@@ -589,9 +592,9 @@ def test_runs_are_compared_on_the_same_images(smoke, toy_root, tmp_path, monkeyp
 def test_runs_of_one_method_are_told_apart_by_their_folders(smoke, toy_root, tmp_path, monkeypatch):
     smoke(out=tmp_path / "one")
     smoke(out=tmp_path / "two", overrides={"sigma": 2})
-    drawn, grid = [], runs.plots.heatmap_grid
-    monkeypatch.setattr(runs.plots, "heatmap_grid", lambda *given: drawn.append(given[2]) or grid(*given))
-    runs.compare([tmp_path / "one", tmp_path / "two"], tmp_path / "sheet.png", toy_root)
+    drawn, grid = [], plots.heatmap_grid
+    monkeypatch.setattr(plots, "heatmap_grid", lambda *given: drawn.append(given[2]) or grid(*given))
+    compare([tmp_path / "one", tmp_path / "two"], tmp_path / "sheet.png", toy_root)
     assert list(drawn[0]) == ["one", "two"]
 
 

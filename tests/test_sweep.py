@@ -14,7 +14,8 @@ import yaml
 
 from vitad import methods, runs
 from vitad.errors import UserError
-from vitad.reproduce import Request, combinations, existing, requests
+from vitad.papers.tables import Reproduction, combinations
+from vitad.runs import Request, by_hash
 
 ROOT = Path(__file__).parents[1]
 SNAKEMAKE = [sys.executable, "-m", "snakemake", "--snakefile", ROOT / "workflow" / "Snakefile", "--cores", "2"]
@@ -234,8 +235,8 @@ def test_a_run_that_was_cut_off_in_its_final_folder_goes_on(tmp_path):
 
 def test_slurm_gets_the_commands_of_the_runs_that_are_missing(tmp_path):
     """Dry runs of a table on toy, of which results/ has three seeds; Slurm gives out GPUs itself."""
-    asked = requests("yang2024-6", dataset="toy", seeds=4)
-    missing = [r for r in asked if r.digest not in existing()]
+    asked = Reproduction("yang2024-6", dataset="toy", seeds=4).requests
+    missing = [r for r in asked if r.hash not in by_hash()]
     assert 0 < len(missing) < len(asked)
     words = ["--dry-run", "--printshellcmds", "--config", "table=yang2024-6", "dataset=toy", "seeds=4"]
     done = sweep(tmp_path, "--profile", ROOT / "workflow" / "profiles" / "slurm", "--executor", "slurm", *words)

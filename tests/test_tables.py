@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from vitad import runs, tables
+from vitad import evidence, runs
 from vitad.methods import mala
+from vitad.runs import Request, committed_seeds
 from vitad.settings import resolve
+from vitad.show import cost, tables
 
 
 def record(method, split, seed, auroc, pro=0.5, **overrides):
@@ -97,7 +99,7 @@ def test_kinds_of_defects_of_one_category_among_several(toy_root, tmp_path):
 
 
 def test_the_cost_of_an_image():
-    shown = tables.cost(["l2cae", "anovit", "patchknn", "mala"], image_size=70, preset="smoke", device="cpu")
+    shown = cost.cost(["l2cae", "anovit", "patchknn", "mala"], image_size=70, preset="smoke", device="cpu")
     assert shown["px"].tolist() == [64, 64, 64, 64]  # what patches of 16 px divide
     model = mala.Model(resolve(mala.Settings, mala.PRESETS, "smoke"))
     assert shown.loc["mala", "parameters, million"] == round(sum(p.numel() for p in model.parameters()) / 1e6, 1)
@@ -106,7 +108,7 @@ def test_the_cost_of_an_image():
 
 def test_multiply_adds_are_those_of_the_layers():
     """ViT-B/16 at 224 px is known for 17.6 billion: of a plain autoencoder on top there is little more."""
-    shown = tables.cost(["anovit"], image_size=224, device="cpu").loc["anovit"]
+    shown = cost.cost(["anovit"], image_size=224, device="cpu").loc["anovit"]
     assert 17.5 < shown["multiply-adds, billion"] < 25 and 85 < shown["parameters, million"] < 95
 
 
@@ -116,28 +118,28 @@ def test_splits_are_compared_where_a_method_ran_on_both():
 
 
 def test_what_is_expected_comes_from_the_seeds():
-    mean, tolerance, n = tables.expected(RECORDS[:3])
+    mean, tolerance, n = evidence.expected(RECORDS[:3])
     assert (mean, tolerance, n) == (pytest.approx(0.8), pytest.approx(0.3), 3)
-    assert tables.expected(RECORDS[3:4]) == (0.95, 0.04, 1)
-    assert np.isnan(tables.expected([])[0]) and tables.expected([])[2] == 0
+    assert evidence.expected(RECORDS[3:4]) == (0.95, 0.04, 1)
+    assert np.isnan(evidence.expected([])[0]) and evidence.expected([])[2] == 0
 
 
 def test_only_the_very_same_run_tells_what_to_expect():
-    demo = runs.committed_seeds("anovit", preset="demo")
+    demo = committed_seeds(Request("anovit"))
     assert {r["seed"] for r in demo} >= {0, 1, 2} and {r["category"] for r in demo} == {"gear"}
-    assert runs.committed_seeds("anovit", category="weave", preset="demo") == []
-    assert runs.committed_seeds("anovit", preset="demo", overrides={"lr": 1e-3}) == []
-    shown = tables.expectation("anovit", 1, category="weave", overrides={"lr": 1e-3})[""]
+    assert committed_seeds(Request("anovit", category="weave")) == []
+    assert committed_seeds(Request("anovit", overrides={"lr": 1e-3})) == []
+    shown = tables.expectation(Request("anovit", category="weave", seed=1, overrides={"lr": 1e-3}))[""]
     assert "--category weave --seed 1 --set lr=0.001 --out" in shown["command"]
     assert shown["PRO"] == "never run so far"
-    assert tables.expectation("anovit")[""]["PRO"].endswith("(3 seeds)")
+    assert tables.expectation(Request("anovit"))[""]["PRO"].endswith("(3 seeds)")
 
 
 def test_committed_records_are_found_without_the_data(monkeypatch):
     monkeypatch.delenv("VITAD_MT_ROOT", raising=False)
-    (one, *_) = runs.committed_seeds("patchknn", "mt", preset="small")
+    (one, *_) = committed_seeds(Request("patchknn", "mt", preset="small"))
     assert (one["dataset"], one["split"]) == ("mt", "grouped")
-    assert runs.committed_seeds("patchknn", "mt", split="mala100", preset="small")[0]["split"] == "mala100"
+    assert committed_seeds(Request("patchknn", "mt", split="mala100", preset="small"))[0]["split"] == "mala100"
 
 
 def test_an_ablation_shows_each_variant_beside_what_is_printed():
@@ -156,37 +158,37 @@ def test_a_contrast_is_taken_seed_by_seed():
     from scipy.stats import ttest_rel
 
     base, full = [0.5, 0.7, 0.9], [0.53, 0.72, 0.925]
-    found = tables.contrast(variants(base=base, full=full), {"full": 1, "base": -1})
+    found = evidence.contrast(variants(base=base, full=full), {"full": 1, "base": -1})
     interval = ttest_rel(full, base).confidence_interval(0.95)
     assert found["difference"] == pytest.approx(0.025) and found["verdict"] == "above 0" and found["seeds"] == 3
     assert found["plus_minus"] == pytest.approx((interval.high - interval.low) / 2, abs=1e-4)
-    assert tables.contrast(variants(base=full, full=base), {"full": 1, "base": -1})["verdict"] == "below 0"
-    shuffled = tables.contrast(variants(base=base, full=full[::-1]), {"full": 1, "base": -1})
+    assert evidence.contrast(variants(base=full, full=base), {"full": 1, "base": -1})["verdict"] == "below 0"
+    shuffled = evidence.contrast(variants(base=base, full=full[::-1]), {"full": 1, "base": -1})
     assert shuffled["verdict"] == "undecided"
 
 
 def test_a_contrast_of_more_than_two_variants_and_of_few_seeds():
     four = variants(base=[0.5, 0.5], m=[0.6, 0.61], ca=[0.55, 0.55], full=[0.8, 0.8])
-    found = tables.contrast(four, {"full": 1, "m": -1, "ca": -1, "base": 1})
+    found = evidence.contrast(four, {"full": 1, "m": -1, "ca": -1, "base": 1})
     assert found["difference"] == pytest.approx(0.145) and found["seeds"] == 2
-    one = tables.contrast(variants(base=[0.5], full=[0.9, 0.9]), {"full": 1, "base": -1})
+    one = evidence.contrast(variants(base=[0.5], full=[0.9, 0.9]), {"full": 1, "base": -1})
     assert (one["seeds"], one["verdict"]) == (1, "undecided")
-    none = tables.contrast(variants(base=[], full=[0.9]), {"full": 1, "base": -1})
+    none = evidence.contrast(variants(base=[], full=[0.9]), {"full": 1, "base": -1})
     assert (none["seeds"], none["verdict"]) == (0, "undecided")
 
 
 def test_contrasts_stand_beside_the_printed_ones():
     runs_ = variants(base=[0.5, 0.6], full=[0.6, 0.7])
     printed = {"base": {"image_auroc": 82.2, "pro": 79.6}, "full": {"image_auroc": 91.2, "pro": 92.3}}
-    found = tables.contrasts(runs_, {"full − base": {"full": 1, "base": -1}}, ("image_auroc", "pro"), printed)
+    found = evidence.contrasts(runs_, {"full − base": {"full": 1, "base": -1}}, ("image_auroc", "pro"), printed)
     assert found.loc[("full − base", "image AUROC"), ["difference", "printed"]].tolist() == [0.1, 0.09]
     assert found.loc[("full − base", "PRO"), ["difference", "printed"]].tolist() == [0.0, 0.127]
 
 
 def test_an_ablation_runs_each_variant_with_each_seed(toy_root, tmp_path):
     own = {"as it is": {}, "max": {"score": "max"}}
-    more = dict(overrides={"sigma": 2.0}, preset="smoke", data_root=toy_root)
-    found = runs.run_variants("patchknn", own, (3, 4), out=tmp_path, **more)
+    request = Request("patchknn", overrides={"sigma": 2.0}, preset="smoke", data_root=toy_root)
+    found = runs.run_variants(request, own, (3, 4), out=tmp_path)
     assert {n: [r["seed"] for r in records] for n, records in found.items()} == {"as it is": [3, 4], "max": [3, 4]}
     assert found["max"][0]["overrides"] == {"sigma": 2.0, "score": "max"}
     assert sorted(p.name for p in tmp_path.iterdir()) == ["as-it-is-3", "as-it-is-4", "max-3", "max-4"]

@@ -1,19 +1,25 @@
-"""The command line: `vitad run`, `vitad show`, `vitad compare`, `vitad table`, `vitad data show|download|verify`."""
+"""The command line. Its help texts are built from the registries of methods, data sets and tables."""
+
+from __future__ import annotations
 
 import argparse
 import shlex
 import shutil
 import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from vitad.errors import UserError
 from vitad.methods import METHODS
 
 
-def main(argv=None):
-    """Entry point; returns the exit status: 0, 2 after a user's mistake.
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status.
 
-    1 where data differ from what is published, or where runs of a table failed.
+    0, or 1 where data differ from what is published or runs of a table failed; 2 after a user's mistake; 130 after
+    Ctrl-C.
     """
     args = _parser().parse_args(argv)
     try:
@@ -28,46 +34,35 @@ def main(argv=None):
         return 0
 
 
-def _run(args):
-    from vitad.runs import run
+def _options(args: argparse.Namespace, kind: type) -> dict[str, Any]:
+    """Those of the arguments that are fields of a dataclass."""
+    given = vars(args) | {"overrides": getattr(args, "set", None)}
+    return {f.name: given[f.name] for f in fields(kind) if f.name in given}
 
-    run(
-        args.method,
-        args.dataset,
-        category=args.category,
-        split=args.split,
-        data_root=args.data_root,
-        preset=args.preset,
-        seed=args.seed,
-        device=args.device,
-        overrides=args.set,
-        weights=args.weights,
-        out=args.out,
-        skip_bad=args.skip_bad,
-        say=print,
-    )
+
+def _run(args: argparse.Namespace) -> None:
+    from vitad.runs import Request, run
+
+    run(Request(**_options(args, Request)), args.out, say=print)
     _show(args)
 
 
-def _show(args):
+def _show(args: argparse.Namespace) -> None:
     from vitad.runs import read_record
 
     record = read_record(args.out)
     where = " ".join(str(record[k]) for k in ("dataset", "category", "split") if record[k])
-    weights = record["weights"]["source"]
     e, git, counts, times = record["environment"], record["git"], record["counts"], record["timings"]
     commit = f"{git['commit'][:10]}{' with changes' if git['changed'] else ''}" if git else "unknown"
+    test = f"{counts['test_good']} good + {counts['test_defective']} defective"
     rows = [
         ("method", f"{record['method']}: {record['paper']}"),
-        (
-            "data",
-            f"{where}: {counts['train']} train, {counts['test_good']} good + {counts['test_defective']} defective",
-        ),
+        ("data", f"{where}: {counts['train']} train, {test}"),
         ("preset", f"{record['preset']}, seed {record['seed']}"),
         ("overrides", ", ".join(f"{k}={v}" for k, v in record["overrides"].items()) or "none"),
-        ("weights", weights),
-        *((name, "no value" if value is None else f"{value:.4f}") for name, value in record["metrics"].items()),
-        *((category, _figures(metrics)) for category, metrics in record.get("metrics_by_category", {}).items()),
+        ("weights", record["weights"]["source"]),
+        *((name, _number(value)) for name, value in record["metrics"].items()),
+        *((category, _numbers(metrics)) for category, metrics in record.get("metrics_by_category", {}).items()),
         ("time", f"train {times['train_s']:.1f} s, score {times['test_images_per_s']:.1f} images/s"),
         ("machine", f"{e['device']}, {e['device_name']}, {e['threads']} threads, {e['precision']}"),
         ("commit", commit),
@@ -78,63 +73,71 @@ def _show(args):
         print(f"{name:<12} {value}")
 
 
-def _figures(metrics):
-    return ", ".join(f"{name} {'no value' if value is None else f'{value:.4f}'}" for name, value in metrics.items())
+def _number(value: float | None) -> str:
+    return "no value" if value is None else f"{value:.4f}"
 
 
-def _compare(args):
-    from vitad.runs import compare
+def _numbers(metrics: Mapping[str, float | None]) -> str:
+    return ", ".join(f"{name} {_number(value)}" for name, value in metrics.items())
+
+
+def _compare(args: argparse.Namespace) -> None:
+    from vitad.show.compare import compare
 
     compare(args.runs, args.out, args.data_root)
     print(f"sheet: {args.out}")
 
 
-def _table(args):
-    from vitad import reproduce
+def _table(args: argparse.Namespace) -> int:
+    from vitad import data, runs
+    from vitad.papers import cells, estimates, layout, tables
 
-    options = {k: getattr(args, k) for k in ("dataset", "category", "split", "preset", "seeds", "weights")}
-    options["overrides"] = args.set
-    found = reproduce.existing(args.runs)
+    options = _options(args, tables.Reproduction)
+    records = runs.by_hash(args.runs)
     if args.name is None:
-        print(reproduce.contents(found, **options).to_string(index=False))
+        del options["name"]
+        print(tables.contents(records, **options).to_string(index=False))
         print("vitad table NAME lists its runs; --dataset toy or mt asks for them on data of this book")
         return 0
-    asked = reproduce.requests(args.name, **options)
-    title = reproduce.title(args.name, asked)
-    print(title)
-    missing = [r for r in asked if r.digest not in found]
-    wanted = reproduce.data_missing(asked[0].dataset, args.data_root) if missing else None
-    if wanted and args.run:
-        raise UserError(f"nothing can be run.\n{wanted}")
-    if wanted:
-        print(wanted)
-    lines, left, basis = reproduce.overview(asked, found, args.device)
-    print(f"runs: {len(asked)} needed, {len(asked) - len(missing)} there, {len(missing)} missing")
+    table = tables.Reproduction(**options)
+    print(table.title)
+    missing = [r for r in table.requests if r.hash not in records]
+    first = table.requests[0]
+    where_to_get = data.get(first.dataset).where_to_get(args.data_root) if missing else None
+    if where_to_get and args.run:
+        raise UserError(f"nothing can be run.\n{where_to_get}")
+    if where_to_get:
+        print(where_to_get)
+    lines, left, basis = estimates.overview(table.requests, records)
+    n = len(table.requests)
+    print(f"runs: {n} needed, {n - len(missing)} there, {len(missing)} missing")
     print(lines.to_string(index=False))
-    failed = {}
+    failed: Mapping[str, str] = {}
     if missing:
-        time = f"about {reproduce.duration(left)}, by" if left else "unknown so far"
+        time = f"about {estimates.duration(left)}, by" if left else "unknown so far"
         print(f"time of the missing here: {time}\n  {basis}")
         if args.run:
-            failed = reproduce.run_missing(asked, found, args.runs, args.data_root, args.device)
+            failed = tables.run_missing(table.requests, records, args.runs)
         else:
-            root = args.data_root or ("DIR" if wanted else None)
+            example = missing[0]
+            if where_to_get and args.data_root is None:
+                example = type(example).make(example, data_root="DIR")
             print("run them: the same command with --run; a single one:")
-            print(" ", shlex.join(missing[0].command(Path(args.runs) / missing[0].folder, root)))
-    frame = reproduce.cells(args.name, found, **options)
-    print(f"\n{reproduce.text(frame, shutil.get_terminal_size((120, 24)).columns)}\n")
-    for line in reproduce.remarks(args.name, frame):
+            print(" ", shlex.join(example.command(Path(args.runs) / example.folder)))
+    frame = cells.cells(table, records)
+    print(f"\n{layout.for_terminal(frame, shutil.get_terminal_size((120, 24)).columns)}\n")
+    for line in layout.remarks(table, frame):
         print(line)
-    stem = Path(args.out or Path(args.runs) / "tables") / reproduce.stem(args.name, asked, args.category, args.set)
-    reproduce.write(frame, args.name, title, stem)
+    stem = layout.write(table, frame, args.out or Path(args.runs) / "tables")
     print(f"written: {stem}.csv, {stem}.md")
     if failed:
         print(f"vitad: {len(failed)} of {len(missing)} runs failed: {', '.join(failed)}", file=sys.stderr)
     return int(bool(failed))
 
 
-def _data_show(args):
-    from vitad import data, plots
+def _data_show(args: argparse.Namespace) -> None:
+    from vitad import data
+    from vitad.show import plots
 
     split = data.load(
         args.name, args.data_root, args.category, args.split, image_size=args.image_size, skip_bad=args.skip_bad
@@ -148,30 +151,57 @@ def _data_show(args):
     print(f"contact sheet: {args.out}")
 
 
-def _data_download(args):
+def _data_download(args: argparse.Namespace) -> None:
     from vitad.data.download import download
 
     download(args.name, args.root, args.url, args.accept_licence)
 
 
-def _data_verify(args):
+def _data_verify(args: argparse.Namespace) -> int:
     from vitad.data.verify import verify
 
-    report = verify(args.name, args.root)
+    report = verify(args.name, args.root, args.category)
     print(report)
     return int(bool(report.differences))
 
 
-def _parser():
+def _list(args: argparse.Namespace) -> None:
+    from vitad import data, methods
+    from vitad.papers.tables import TABLES
+
+    print("methods")
+    for name in METHODS:
+        module = methods.get(name)
+        print(f"  {name:<10} {module.PAPER}\n{'':<13}presets: {', '.join(module.PRESETS)}")
+    print("data sets")
+    for name, dataset in data.DATASETS.items():
+        licence = f"\n{'':<13}licence: {dataset.source.licence}" if dataset.source else ""
+        splits = f"\n{'':<13}splits: {', '.join(dataset.splits)}" if dataset.splits else ""
+        print(f"  {name:<10} {dataset.title}{splits}{licence}")
+    print("tables")
+    for name, table in TABLES.items():
+        print(f"  {name:<14} {table.place}, data {table.dataset}")
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="vitad", description="Visual anomaly detection with Vision Transformers.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_runs(commands)
+    _add_table(commands)
+    _add_data(commands.add_parser("data", help="look at data sets, fetch and check published ones"))
+    return parser
+
+
+def _add_runs(commands: Any) -> None:
+    """`list`, `run`, `show` and `compare`."""
+    overview = commands.add_parser("list", help="list methods with their presets, data sets and tables")
+    overview.set_defaults(action=_list)
 
     run = commands.add_parser("run", help="train and evaluate one method on one data set")
     run.add_argument("method", metavar="METHOD", help=", ".join(METHODS))
-    _data_options(run.add_argument, "--dataset")
-    run.add_argument(
-        "--preset", default="demo", help="smoke, demo (default), small or paper; anovit also legacy, mala small_dinov2"
-    )
+    run.add_argument("--dataset", default="toy", help=f"{_names()}; default toy. Two together: mvtec+visa")
+    _data_options(run)
+    run.add_argument("--preset", default="demo", help="smoke, demo (default), small, paper, ...: see vitad list")
     run.add_argument("--seed", default=0, help="a whole number from 0 (default 0)")
     run.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
     _settings_options(run)
@@ -188,15 +218,17 @@ def _parser():
     sheet.add_argument("--out", default="compare.png", metavar="FILE", help="default compare.png")
     sheet.set_defaults(action=_compare)
 
+
+def _add_table(commands: Any) -> None:
     table = commands.add_parser("table", help="run a table of a paper again, and set it beside what is printed")
     table.add_argument("name", nargs="?", metavar="NAME", help="such as yang2024-6; without it all tables are listed")
-    table.add_argument("--dataset", help="run it on this data instead of the paper's: toy, mt, ...")
+    table.add_argument("--dataset", help=f"run it on this data instead of the paper's: {_names()}")
     table.add_argument(
         "--category",
         help="one, or several with commas, or 'each' for a model each; default: each of a published data set, that of "
         "the data set elsewhere; mala: all in one model",
     )
-    table.add_argument("--split", help="mt: grouped (default), differnet or mala100 (default of mala2023-mt)")
+    table.add_argument("--split", help=_splits())
     table.add_argument("--data-root", metavar="DIR", help="folder of the data set; of mvtec+visa, that with both")
     table.add_argument("--preset", help="default: that of the book's own records on toy and mt, elsewhere paper")
     table.add_argument("--seeds", default=3, metavar="N", help="number of seeds, from 0 (default 3)")
@@ -207,16 +239,23 @@ def _parser():
     table.add_argument("--out", metavar="DIR", help="where the table goes as CSV and Markdown (default RUNS/tables)")
     table.set_defaults(action=_table)
 
-    data = commands.add_parser("data", help="look at data sets, fetch and check published ones").add_subparsers(
-        required=True, metavar="COMMAND"
-    )
-    sheet = data.add_parser("show", help="count the images and draw a contact sheet with the masks outlined")
-    _data_options(sheet.add_argument, "name")
+
+def _add_data(parser: argparse.ArgumentParser) -> None:
+    from vitad.data import DATASETS, TEXTURE_SETS
+
+    published = {name: d for name, d in (DATASETS | TEXTURE_SETS).items() if d.source}
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    sheet = commands.add_parser("show", help="count the images and draw a contact sheet with the masks outlined")
+    sheet.add_argument("name", metavar="NAME", help=_names())
+    _data_options(sheet)
     sheet.add_argument("--image-size", type=int, default=192, help="side in px (default 192)")
     sheet.add_argument("--out", default="contact-sheet.png", metavar="FILE", help="default contact-sheet.png")
     sheet.set_defaults(action=_data_show)
-    fetch = data.add_parser("download", help="fetch a published data set and unpack it")
-    fetch.add_argument("name", metavar="NAME", help="mvtec, btad, visa, ksdd2 or dtd (textures); mt is cloned")
+
+    fetch = commands.add_parser("download", help="fetch a published data set and unpack it")
+    archives = ", ".join(name for name, d in published.items() if d.source and d.source.url)
+    cloned = ", ".join(name for name, d in published.items() if d.source and not d.source.url)
+    fetch.add_argument("name", metavar="NAME", help=f"{archives}; {cloned} is cloned")
     fetch.add_argument("--root", required=True, metavar="DIR", help="where it goes: the --data-root of later commands")
     fetch.add_argument(
         "--url", help="address of the archive instead of the published one, or file:// of one that is here"
@@ -225,16 +264,17 @@ def _parser():
         "--accept-licence", action="store_true", help="you have read the licence, which is printed first"
     )
     fetch.set_defaults(action=_data_download)
-    verify = data.add_parser(
+
+    verify = commands.add_parser(
         "verify", help="read every file, compare with the published counts; status 1 if they differ"
     )
-    verify.add_argument("name", metavar="NAME", help="mvtec, btad, visa, ksdd2, mt, dtd, folder or toy")
+    verify.add_argument("name", metavar="NAME", help=", ".join(DATASETS | TEXTURE_SETS))
     verify.add_argument("--root", "--data-root", metavar="DIR", help="folder of the data set")
+    verify.add_argument("--category", help="only this one")
     verify.set_defaults(action=_data_verify)
-    return parser
 
 
-def _settings_options(command):
+def _settings_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--set",
         nargs="+",
@@ -251,15 +291,33 @@ def _settings_options(command):
     )
 
 
-def _data_options(add, name):
-    if name.startswith("-"):
-        add(name, default="toy", help="toy (default), mt, mvtec, btad, visa, ksdd2 or folder; mvtec+visa for both")
-    else:
-        add(name, metavar="NAME", help="toy, mt, mvtec, btad, visa, ksdd2 or folder")
-    add("--category", help="one of the folders of the data set, or all; toy: gear (default; mala: all), grain, weave")
-    add("--split", help="mt: grouped (default), differnet or mala100")
-    add("--data-root", metavar="DIR", help="folder of the data set; for mt also the variable VITAD_MT_ROOT")
-    add("--skip-bad", action="store_true", help="leave unreadable images out and count them in the record")
+def _data_options(command: argparse.ArgumentParser) -> None:
+    from vitad.data import DATASETS
+
+    defaults = ", ".join(f"{n}: {d.default_category}" for n, d in DATASETS.items() if d.default_category)
+    variables = "".join(f", or for {n} {d.variable}" for n, d in DATASETS.items() if d.variable)
+    command.add_argument("--category", help=f"one of the folders of the data set, or all; default of {defaults}")
+    command.add_argument("--split", help=_splits())
+    command.add_argument(
+        "--data-root",
+        metavar="DIR",
+        help=f"folder of the data set; default: its folder in that of the variable VITAD_DATA{variables}",
+    )
+    command.add_argument(
+        "--skip-bad", action="store_true", help="leave unreadable images out and count them in the record"
+    )
+
+
+def _names() -> str:
+    from vitad.data import DATASETS
+
+    return ", ".join(DATASETS)
+
+
+def _splits() -> str:
+    from vitad.data import DATASETS
+
+    return "; ".join(f"{n}: {', '.join(d.splits)} (default {d.splits[0]})" for n, d in DATASETS.items() if d.splits)
 
 
 if __name__ == "__main__":

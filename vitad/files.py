@@ -3,6 +3,7 @@
 import hashlib
 import os
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -54,3 +55,14 @@ def sha256(path):
     """Hash of a file, read in blocks."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@lru_cache(maxsize=64)
+def _sha256_of(path: str, size: int, modified: int) -> str:
+    return sha256(path)
+
+
+def sha256_once(path: str | Path) -> str:
+    """Hash of a file, computed once in a process for as long as its size and time do not change."""
+    stat = Path(path).stat()
+    return _sha256_of(str(Path(path).resolve()), stat.st_size, stat.st_mtime_ns)

@@ -1,23 +1,35 @@
-"""Figures of the book. Every function draws from data it is given and returns the matplotlib figure."""
+"""Figures of the book. Every function draws from the data that it is given and returns the matplotlib figure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from numpy.typing import ArrayLike
 
 from vitad.files import atomic_write
 
 HEAT = "inferno"
+Limits = tuple[float, float]  # of a colour scale
 OUTLINE = "#00c2a8"  # ground truth; told apart from the heat scale by colour-blind readers too
 
 
-def examples(labels, defects, per_kind=1, good=1, order=None):
+def examples(
+    labels: ArrayLike, defects: ArrayLike, per_kind: int = 1, good: int = 1, order: ArrayLike | None = None
+) -> list[int]:
     """Indices of a few images: `good` normal ones, then `per_kind` of each kind of defect.
 
     `order` (scores, say) ranks within a kind, and picks are spread evenly over that ranking, so that the
     figure shows easy and hard cases alike; without it the first ones are taken.
     """
     labels, defects = np.asarray(labels), np.asarray(defects)
-    picked = []
+    picked: list[int] = []
     for kind in ["good", *sorted(set(defects[labels == 1]))]:
         members = np.flatnonzero(defects == kind)
         if order is not None:
@@ -29,13 +41,20 @@ def examples(labels, defects, per_kind=1, good=1, order=None):
     return picked
 
 
-def heat_range(maps):
+def heat_range(maps: ArrayLike) -> Limits:
     """(low, high) of one colour scale for a whole test set: median of the pixels, 99.8th percentile."""
     low, high = np.percentile(np.asarray(maps, np.float32)[:: max(1, len(maps) // 100)], (50, 99.8))
     return float(low), float(max(high, low + 1e-9))
 
 
-def heatmap_grid(images, masks, maps, titles, limits=None, width=8.0):
+def heatmap_grid(
+    images: np.ndarray,
+    masks: np.ndarray | None,
+    maps: np.ndarray | Mapping[str, np.ndarray],
+    titles: Sequence[str],
+    limits: Limits | Mapping[str, Limits | None] | None = None,
+    width: float = 8.0,
+) -> Figure:
     """Images with the true defect outlined above their anomaly maps, one column an image.
 
     images (n,3,H,W) in [0,1], masks (n,H,W) bool or None, maps (n,H,W) or {method: (n,H,W)}; `limits` is the
@@ -59,7 +78,9 @@ def heatmap_grid(images, masks, maps, titles, limits=None, width=8.0):
     return fig
 
 
-def picture_rows(rows, titles, width=6.4):
+def picture_rows(
+    rows: Mapping[str, Callable[[Axes, int], None]], titles: Sequence[str], width: float = 6.4
+) -> Figure:
     """One row of pictures for each name, one column for each title: {name: draw(axis, j)}."""
     fig, axes = _grid(len(rows), len(titles), width)
     for i, (name, draw) in enumerate(rows.items()):
@@ -71,7 +92,9 @@ def picture_rows(rows, titles, width=6.4):
     return fig
 
 
-def contact_sheet(images, masks, titles, columns=8, width=8.0):
+def contact_sheet(
+    images: np.ndarray, masks: np.ndarray | None, titles: Sequence[str], columns: int = 8, width: float = 8.0
+) -> Figure:
     """A sheet of images (n,3,H,W) with the true defects outlined."""
     rows = -(-len(images) // columns)
     fig, axes = _grid(rows, min(columns, len(images)), width)
@@ -84,7 +107,7 @@ def contact_sheet(images, masks, titles, columns=8, width=8.0):
     return fig
 
 
-def training_curve(history, width=6.0):
+def training_curve(history: Sequence[Mapping[str, Any]], width: float = 6.0) -> Figure:
     """Mean loss an epoch, from the rows that `training.train` returns; validation dashed."""
     fig, axis = plt.subplots(figsize=(width, 2.8), layout="constrained")
     skip = {"phase", "epoch", "seconds"}
@@ -98,7 +121,7 @@ def training_curve(history, width=6.0):
     return fig
 
 
-def score_histogram(scores, labels, width=6.0):
+def score_histogram(scores: ArrayLike, labels: ArrayLike, width: float = 6.0) -> Figure:
     """Image scores of good and defective images over each other."""
     scores, labels = np.asarray(scores), np.asarray(labels)
     fig, axis = plt.subplots(figsize=(width, 2.4), layout="constrained")
@@ -111,16 +134,18 @@ def score_histogram(scores, labels, width=6.0):
     return fig
 
 
-def dots(figures, one_scale=False, width=7.0):
-    """Figures of several runs as dots, their means as bars, one panel a figure: {figure: {row: [values]}}.
+def dots(
+    panels: Mapping[str, Mapping[str, Sequence[float]]], one_scale: bool = False, width: float = 7.0
+) -> Figure:
+    """Metrics of several runs as dots, their means as bars, one panel a metric: {metric: {row: [values]}}.
 
-    The first panel names the rows, from the bottom up. `one_scale`: the panels show the same figure.
+    The first panel names the rows, from the bottom up. `one_scale`: the panels show the same metric.
     """
-    rows = list(next(iter(figures.values())))
+    rows = list(next(iter(panels.values())))
     size = (width, 0.6 + 0.3 * len(rows))
     fig = plt.figure(figsize=size, layout="constrained")
-    axes = fig.subplots(1, len(figures), sharex=one_scale, sharey=True, squeeze=False)
-    for axis, (title, panel) in zip(axes[0], figures.items(), strict=True):
+    axes = fig.subplots(1, len(panels), sharex=one_scale, sharey=True, squeeze=False)
+    for axis, (title, panel) in zip(axes[0], panels.items(), strict=True):
         for y, row in enumerate(rows):
             if panel[row]:
                 axis.plot(panel[row], [y] * len(panel[row]), "o", color="#4477aa", alpha=0.5, ms=5, mew=0)
@@ -134,7 +159,7 @@ def dots(figures, one_scale=False, width=7.0):
     return fig
 
 
-def principal_components(tokens, grid):
+def principal_components(tokens: torch.Tensor, grid: tuple[int, int]) -> np.ndarray:
     """Tokens (B,N,D) as colour pictures (B,g,g,3) in [0,1]: their first three principal components.
 
     The components are common to the batch, so equal colours mean similar patches across its images.
@@ -149,27 +174,27 @@ def principal_components(tokens, grid):
     return ((projected - low) / (high - low)).clip(0, 1).reshape(B, *grid, 3)
 
 
-def show(axis, image, mask=None):
+def show(axis: Axes, image: ArrayLike, mask: ArrayLike | None = None) -> None:
     """Draw an image (3,H,W) in [0,1] and the outline of its mask (H,W)."""
     axis.imshow(np.asarray(image).transpose(1, 2, 0))
     outline(axis, mask, OUTLINE, 1.0)
 
 
-def outline(axis, mask, colour, width):
+def outline(axis: Axes, mask: ArrayLike | None, colour: str, width: float) -> None:
     """Draw the border of a mask (H,W), if it has one."""
     mask = None if mask is None else np.asarray(mask)
     if mask is not None and mask.any() and not mask.all():
         axis.contour(mask, [0.5], colors=[colour], linewidths=width)
 
 
-def save(fig, path, dpi=100):
+def save(fig: Figure, path: str | Path, dpi: int = 100) -> None:
     """Write a figure as PNG, whole or not at all, and close it."""
-    with atomic_write(path) as aside:
-        fig.savefig(aside, format="png", dpi=dpi)
+    with atomic_write(path) as temporary:
+        fig.savefig(temporary, format="png", dpi=dpi)
     plt.close(fig)
 
 
-def _grid(rows, columns, width):
+def _grid(rows: int, columns: int, width: float) -> tuple[Figure, np.ndarray]:
     """Axes (rows, columns) without ticks, squares of equal size."""
     side = width / max(columns, 1)
     fig: Figure = plt.figure(figsize=(width, rows * side + 0.25), layout="constrained")

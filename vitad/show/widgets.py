@@ -4,18 +4,26 @@ Everything that a widget can show is computed when the notebook runs and stored 
 properties in the browser chooses what is seen. So it also works in the published page, where there is no kernel.
 """
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+
 import ipywidgets as widgets
 import numpy as np
+from numpy.typing import ArrayLike
 
 
-def slider_over(frames, labels, description, start=0):
+def slider_over(
+    frames: Sequence[str | widgets.Widget], labels: Sequence[str], description: str, start: int = 0
+) -> widgets.VBox:
     """A slider that chooses among HTML texts, or among further widgets, such as sliders.
 
-    Args:
-        frames: HTML or widget of each position.
-        labels: what to call each position; shown in the frame's first line.
-        description: name of the slider.
-        start: position shown first.
+    Parameters
+    ----------
+    frames : HTML or widget of each position.
+    labels : name of each position; shown in the frame's first line.
+    description : name of the slider.
+    start : position that is shown first.
     """
     wide = widgets.Layout(width="100%", max_width="560px")
     slider = widgets.IntSlider(
@@ -37,7 +45,7 @@ def slider_over(frames, labels, description, start=0):
     return widgets.VBox([slider, stack])
 
 
-def bars(heights, label):
+def bars(heights: Sequence[float], label: str) -> str:
     """SVG of non-negative numbers as bars, for the frames of a slider; the axis names the largest."""
     step, top = 450 / len(heights), max(heights) or 1
     path = "".join(f"M{40 + i * step:.1f} 100v-{90 * h / top:.1f}h{0.8 * step:.1f}V100z" for i, h in enumerate(heights))
@@ -49,7 +57,7 @@ def bars(heights, label):
     )
 
 
-def threshold_explorer(scores, labels, steps=41):
+def threshold_explorer(scores: ArrayLike, labels: ArrayLike, steps: int = 41) -> widgets.VBox:
     """Slider over the threshold on the image score: which good images raise an alarm, which defects are missed.
 
     scores (N,), labels (N,) with 1 = defective. An image at or above the threshold is called defective.
@@ -61,13 +69,13 @@ def threshold_explorer(scores, labels, steps=41):
     return slider_over(frames, names, "threshold", start=int(np.searchsorted(thresholds, np.median(scores))))
 
 
-def _confusion(scores, labels, threshold):
+def _confusion(scores: np.ndarray, labels: np.ndarray, threshold: float) -> str:
     alarm = scores >= threshold
     cells = [[int(((labels == truth) & (alarm == said)).sum()) for said in (True, False)] for truth in (1, 0)]
     (hit, missed), (false_alarm, passed) = cells
     low, high = scores.min(), scores.max()
 
-    def x(value):
+    def x(value: float) -> float:
         return 10 + 480 * (value - low) / (high - low or 1)
 
     dots = "".join(

@@ -1,92 +1,36 @@
-"""The papers' printed numbers as data, exactly as printed, and what recounting them shows.
+"""What the papers' texts say about their results, beside what their own tables give.
 
-Nothing is corrected in the tables; `means`, `claims`, `misprints` and `dataset_statements` say where a paper
-contradicts itself, the data sets, or the works it quotes. All figures are percent.
+Every claim is computed when asked for. A sentence whose table is not at hand is left out.
 """
 
+from __future__ import annotations
+
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib.resources import files
 
 import pandas as pd
 
 from vitad.errors import unknown
+from vitad.metrics import METRICS
+from vitad.papers import printed
+from vitad.papers.printed import EPS, IMAGE, METRICS_PRINTED, PIXEL, PRO, SIZES, by_method, standing
 
-T1, T3 = "yang2024_table1_dataset_sizes", "yang2024_table3_mvtec_image_auroc"
-T4, T5, T6 = "yang2024_table4_mvtec_localization", "yang2024_table5_btad", "yang2024_table6_ablation"
-M1, M3 = "mala2023_table1_mvtec_multiclass", "mala2023_table3_visa"
-RESULTS = (T3, T4, T5, T6, M1, M3)  # those with a figure for each category, method and metric
-DATA = {"mvtec_ad": "MVTec AD", "btad": "BTAD", "visa": "VisA"}
-METRICS = {"image_auroc": "image AUROC", "pixel_auroc": "pixel AUROC", "pro": "PRO"}
-IMAGE, PIXEL, PRO = METRICS
+T3, T4, T5, T6 = "yang2024-3", "yang2024-4", "yang2024-5", "yang2024-6"
+M1, M3 = "mala2023-1", "mala2023-3"
+DATA = {"mvtec": "MVTec AD", "btad": "BTAD", "visa": "VisA"}
 CONVOLUTIONAL = ["AE_SSIM", "L2-CAE", "VAE"]  # Yang & Guo, sec. 4.4.1
-EPS = 1e-9  # differences of decimals are not exact
 
 
-def table(name):
-    """A printed table as a DataFrame `paper, table, dataset, category, method, metric, value_percent`.
+def claims(paper: str) -> pd.DataFrame:
+    """What a paper's text says about its results, beside what its tables give.
 
-    The row `category == "average"` is the printed mean; compare with the mean of the rows.
-    """
-    return _read(name)
-
-
-def means(paper=None, band=False):
-    """Every printed mean beside the mean of its rows; of one paper or of all.
-
-    Returns:
-        DataFrame `paper, table, method, metric, printed, recomputed, difference, verdict`. The difference is printed
-        minus recomputed. `agrees`: within 0.05. `rounding`: can come from rounding the rows, and rounding or cutting
-        off the mean. `not rounding`: cannot. With `band` also `least, most`, the differences that rounding can make.
-    """
-    rows = _of(paper, pd.concat([table(name) for name in RESULTS]).dropna(subset="value_percent"))
-    found = []
-    for key, group in rows.groupby(["paper", "table", "method", "metric"], sort=False):
-        values = group.set_index("category")["value_percent"]
-        printed, cells = values["average"], values.drop("average")
-        if len(cells):  # the ablation prints means only
-            off = printed - cells.mean()
-            about = (printed, round(cells.mean(), 3), round(off, 3), _verdict(off, printed, cells))
-            found.append((*key, *about, *_band(printed, cells)))
-    columns = ["paper", "table", "method", "metric", "printed", "recomputed", "difference", "verdict", "least", "most"]
-    return pd.DataFrame(found, columns=columns)[columns if band else columns[:-2]]
-
-
-def _verdict(off, printed, cells):
-    least, most = _band(printed, cells)
-    if abs(off) <= 0.05 + EPS:
-        return "agrees"
-    return "rounding" if least - EPS <= off <= most + EPS else "not rounding"
-
-
-def _band(printed, cells):
-    """Rows rounded to a grid q shift their mean by q/2 at most; the mean's own grid p adds p/2, or p if cut off."""
-    q = 1 if (cells % 1 == 0).all() else 0.1
-    p = 1 if q == 1 and printed % 1 == 0 else 0.1
-    return -(q / 2 + p), q / 2 + p / 2
-
-
-def standing(name, metric):
-    """Where a paper's own method stands in its table: DataFrame `ours, best_other, by, gap`, one row a category.
-
-    `by` names all methods that share the best other value. The gap is above 0 where ours is best alone, 0 at a tie.
-    """
-    wide = _wide(name, metric).drop("average")
-    ours = wide.pop("Ours")
-    best = wide.max(axis=1)
-    by = wide.eq(best, axis=0).apply(lambda row: ", ".join(row.index[row]), axis=1)
-    return pd.DataFrame({"ours": ours, "best_other": best, "by": by, "gap": (ours - best).round(1)})
-
-
-def claims(paper):
-    """What a paper's text says about its results, beside what its tables give, computed when asked for.
-
-    Claims whose tables are not at hand are left out. Stated means are compared with the mean of the rows. What is
+    Stated means are compared with the mean of the rows. What is
     marked "(not claimed)" a reader may take from the text, which does not say it.
 
-    Returns:
-        DataFrame `section, claim, printed, tables, holds` of text, and of bool in the last column.
+    Returns
+    -------
+    DataFrame `section, claim, printed, tables, holds` of text, and of bool in the last column.
     """
     if paper not in CLAIMS:
         raise unknown("paper", paper, CLAIMS)
@@ -94,45 +38,6 @@ def claims(paper):
     frame = pd.DataFrame(checked, columns=["section", "claim", "printed", "tables", "holds"])
     order = frame["section"].replace("Abstract", "").sort_values(kind="stable").index
     return frame.loc[order].reset_index(drop=True)
-
-
-def misprints(paper):
-    """Misprinted equations and wording: DataFrame `place, printed, meant, here` of Markdown, LaTeX between dollars.
-
-    `here` is what vitad does; empty where the method is not in the library. MALA was read from a machine's transcript,
-    which may itself have lost a bar or a hat.
-    """
-    return _of(paper, _read("misprints", dtype=str, keep_default_na=False)).drop(columns="paper")
-
-
-def dataset_statements(paper):
-    """Wrong statements on data sets and on columns taken from elsewhere: DataFrame `place, stated, true, source`."""
-    return _of(paper, _read("dataset_statements", dtype=str, keep_default_na=False)).drop(columns="paper")
-
-
-def _read(name, **options):
-    folder = files("vitad") / "reported_tables"
-    names = sorted(f.name.removesuffix(".csv") for f in folder.iterdir() if f.name.endswith(".csv"))
-    if name not in names:
-        raise unknown("table", name, names)
-    with (folder / f"{name}.csv").open(encoding="utf-8") as file:
-        return pd.read_csv(file, **options)
-
-
-def _of(paper, frame):
-    """The rows of one paper; None: all of them."""
-    if paper is None:
-        return frame
-    if paper not in set(frame["paper"]):
-        raise unknown("paper", paper, frame["paper"].unique())
-    return frame[frame["paper"] == paper].reset_index(drop=True)
-
-
-def _wide(name, metric):
-    """Category x method, with the printed mean as row `average`; methods without this metric are left out."""
-    rows = table(name)
-    rows = rows[rows["metric"] == metric]
-    return rows.pivot(index="category", columns="method", values="value_percent").dropna(axis=1, how="all")
 
 
 # --- claims: what a paper says, and how to ask its tables ---------------------------------------------------
@@ -143,16 +48,16 @@ class Claim:
     section: str
     claim: str
     printed: str
-    tables: Callable  # () -> number, or (lowest, highest) where rounded rows hide which
+    tables: Callable[[], float | tuple[float, float]]  # number, or (lowest, highest) where rounded rows hide which
 
-    def check(self):
+    def check(self) -> tuple[str, str, str, str, bool]:
         value = self.tables()
         low, high = value if isinstance(value, tuple) else (value, value)
         shown = " to ".join(f"{round(v, 2):g}" for v in dict.fromkeys((low, high)))
         return self.section, self.claim, self.printed, shown, bool(_holds(self.printed, low, high))
 
 
-def _holds(printed, low, high):
+def _holds(printed: str, low: float, high: float) -> bool:
     """A value holds if it rounds to the number printed; `over` wants more than that, `almost all` forgives one."""
     numbers = re.findall(r"\d+\.?\d*", printed)  # "3.5 + 2.3" stands for its sum
     number = sum(map(float, numbers))
@@ -164,10 +69,10 @@ def _holds(printed, low, high):
     return low - half <= number <= high + half
 
 
-def _levels(paper):
+def _levels(paper: str) -> Iterator[Claim]:
     """Claims for the levels in `text_stated_values` whose tables are at hand."""
-    stated = _read("text_stated_values", dtype=str, keep_default_na=False)
-    rows = pd.concat([table(name) for name in RESULTS])
+    stated = printed.read("text-values", dtype=str, keep_default_na=False)
+    rows = pd.concat([printed.table(name) for name in printed.results()])
     for s in stated[(stated["paper"] == paper) & (stated["kind"] == "level")].itertuples():
         same = rows[["paper", "dataset", "method", "metric"]].eq([s.paper, s.dataset, s.method, s.metric]).all(axis=1)
         found = rows[same].set_index("category")["value_percent"]
@@ -179,25 +84,27 @@ def _levels(paper):
             yield Claim(s.section, what, s.value_percent, found.mean)
 
 
-def _ahead(name, metric, other=None, method="Ours", tied=False):
+def _ahead(name: str, metric: str, other: str | None = None, method: str = "Ours", tied: bool = False) -> int:
     """Number of categories where a method beats another one, or all others; `tied` counts equals too."""
-    wide = _wide(name, metric).drop("average")
+    wide = by_method(name, metric).drop("average")
     gap = wide[method] - (wide[other] if other else wide.drop(columns=method).max(axis=1))
     return (gap >= 0).sum() if tied else (gap > 0).sum()
 
 
-def _leads(name, metric, others=None, recomputed=False):
+def _leads(name: str, metric: str, others: list[str] | None = None, recomputed: bool = False) -> pd.Series:
     """Mean of ours minus that of each other method; means as printed, or of the rows."""
-    wide = _wide(name, metric)
+    wide = by_method(name, metric)
     mean = wide.drop("average").mean() if recomputed else wide.loc["average"]
     return (mean["Ours"] - mean.drop("Ours"))[others or slice(None)].round(3)
 
 
-def _place(name, metric):
+def _place(name: str, metric: str) -> int:
     return 1 + (_leads(name, metric) < 0).sum()
 
 
-def _gains(section, where, name, metric, least, largest, others=None):
+def _gains(
+    section: str, where: str, name: str, metric: str, least: str, largest: str, others: list[str] | None = None
+) -> list[Claim]:
     """Two claims: the ends of a range of gains in the mean."""
     what = f"{where}: {METRICS[metric]} gained over {'convolutional autoencoders' if others else 'the others'}"
     return [
@@ -206,25 +113,25 @@ def _gains(section, where, name, metric, least, largest, others=None):
     ]
 
 
-def _added(variant, metric):
+def _added(variant: str, metric: str) -> float:
     """What a row of the ablation gains over its base."""
-    mean = _wide(T6, metric).loc["average"]
+    mean = by_method(T6, metric).loc["average"]
     return mean[variant] - mean["Base"]
 
 
-def _ablation(what, variant, *printed):
+def _ablation(what: str, variant: str, *printed: str) -> list[Claim]:
     """Three claims, one a metric."""
-    pairs = zip(METRICS, printed, strict=True)
+    pairs = zip(METRICS_PRINTED, printed, strict=True)
     return [Claim("4.5", f"{what}, {METRICS[m]}", p, lambda m=m: _added(variant, m)) for m, p in pairs]
 
 
-def _sizes(*columns):
+def _sizes(*columns: str) -> pd.Series:
     """Sum of columns of Table 1, one number a category."""
-    return table(T1).set_index("category").drop("total")[list(columns)].sum(axis=1)
+    return printed.table(SIZES).set_index("category").drop("total")[list(columns)].sum(axis=1)
 
 
 CLAIMS = {
-    "lee_kang_2022_anovit": [
+    "anovit2022": [
         Claim(
             "Abstract",
             "MVTec AD: categories above L2-CAE (whole percents, Yang & Guo's Table 3)",
@@ -232,7 +139,7 @@ CLAIMS = {
             lambda: tuple(_ahead(T3, IMAGE, "L2-CAE", "AnoViT", tied) for tied in (False, True)),
         ),
     ],
-    "yang_guo_2024": [
+    "yang2024": [
         Claim(
             "Abstract",
             "MVTec AD: image AUROC gained over convolutional autoencoders, mean",
@@ -243,7 +150,7 @@ CLAIMS = {
             "Abstract",
             "data sets whose table of image AUROC has a convolutional autoencoder (L2-CAE)",
             "2",
-            lambda: sum("L2-CAE" in _wide(t, IMAGE) for t in (T3, T5)),
+            lambda: sum("L2-CAE" in by_method(t, IMAGE) for t in (T3, T5)),
         ),
         Claim("4.1", "MVTec AD: normal images", "3629", lambda: _sizes("train_normal", "test_normal").sum()),
         Claim("4.1", "MVTec AD: anomalous images", "1725", lambda: _sizes("test_anomalous").sum()),
@@ -281,13 +188,13 @@ CLAIMS = {
             "4.4.2 (2)",
             "BTAD: metrics where it is best on product 01",
             "3",
-            lambda: sum(standing(T5, m)["gap"]["01"] > 0 for m in METRICS),
+            lambda: sum(standing(T5, m)["gap"]["01"] > 0 for m in METRICS_PRINTED),
         ),
         Claim(
             "4.4.2 (2)",
             "BTAD: figures above VT-ADL, of all products and metrics",
             "almost all of 9",
-            lambda: sum(_ahead(T5, m, "VT-ADL") for m in METRICS),
+            lambda: sum(_ahead(T5, m, "VT-ADL") for m in METRICS_PRINTED),
         ),
         *_ablation("gain of M over the base", "Base + M", "3.5", "8", "20.9"),
         *_ablation("gain of CA over the base", "Base + CA", "2.3", "2.6", "6.1"),
@@ -306,12 +213,12 @@ CLAIMS = {
             lambda: sum(_added("Base + M", m) > _added("Base + CA", m) for m in (PIXEL, PRO)),
         ),
     ],
-    "chen_2023_mala": [
+    "mala2023": [
         Claim(
             "Abstract",
             "VisA: pixel AUROC, average as Table 3 prints it",
             "97.1",
-            lambda: _wide(M3, PIXEL)["Ours"]["average"],
+            lambda: by_method(M3, PIXEL)["Ours"]["average"],
         ),
         Claim(
             "IV-C", "MVTec AD categories with 200 training images", "15", lambda: (_sizes("train_normal") >= 200).sum()

@@ -12,10 +12,14 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from vitad import data, reported, reproduce, runs
+from vitad import data, runs
 from vitad.cli import main
 from vitad.errors import UserError
-from vitad.reproduce import Request, cells, digest, duration, estimate, existing, requests
+from vitad.papers import layout, printed, tables
+from vitad.papers.cells import COLUMNS, cells, printed_numbers
+from vitad.papers.estimates import duration, estimate, n_images, overview
+from vitad.papers.tables import TABLES, Reproduction, run_missing
+from vitad.runs import Request, by_hash, committed_seeds, hash_of
 
 MACHINE = {"device": "cuda", "device_name": "some GPU", "threads": 4}
 
@@ -24,8 +28,8 @@ def record(request, image=0.9, seconds=100.0, **changed):
     """What a run of a request would leave, with every figure `image` (or a dict by category)."""
     figures = {c: dict.fromkeys(("image_auroc", "pixel_auroc", "pixel_ap", "pro"), v) for c, v in _each(image).items()}
     means = {k: float(np.mean([f[k] for f in figures.values()])) for k in next(iter(figures.values()))}
-    train, test = reproduce._images(request) or (100, 50)
-    settings = json.loads(json.dumps(request.settings()))
+    train, test = n_images(request) or (100, 50)
+    settings = json.loads(json.dumps(request.settings))
     return {
         **{k: getattr(request, k) for k in ("method", "dataset", "category", "split", "preset", "seed", "overrides")},
         "settings": settings,
@@ -43,9 +47,13 @@ def _each(image):
     return image if isinstance(image, dict) else {"": image}
 
 
+def requests(name, dataset=None, category=None, **options):
+    return Reproduction(name, dataset, category, **options).requests
+
+
 def made(name, value, seeds=3, **options):
     """{digest: record} of a whole table; `value(request)` is the figure of a run."""
-    return {r.digest: record(r, value(r)) for r in requests(name, seeds=seeds, **options)}
+    return {r.hash: record(r, value(r)) for r in requests(name, seeds=seeds, **options)}
 
 
 def cell(frame, category, column, metric="image_auroc"):
@@ -60,16 +68,16 @@ def cell(frame, category, column, metric="image_auroc"):
 
 def test_a_request_is_the_run_that_its_command_makes(toy_root, tmp_path, capsys):
     overrides = {"epochs": 1, "score_terms": ("l2", "ssim"), "memory": False}
-    request = Request("vitmem", "toy", preset="smoke", seed=4, overrides=overrides)
-    command = request.command(tmp_path / "run", toy_root)
+    request = Request("vitmem", "toy", preset="smoke", seed=4, overrides=overrides, data_root=toy_root)
+    command = request.command(tmp_path / "run")
     assert command[0] == "vitad" and main(command[1:]) == 0
     found = runs.read_record(tmp_path / "run")
-    assert digest(found) == request.digest
+    assert hash_of(found) == request.hash
     assert {k: found[k] for k in ("category", "split", "seed")} == {"category": "gear", "split": None, "seed": 4}
     capsys.readouterr()
 
 
-def test_every_setting_and_every_part_is_in_the_digest():
+def test_every_setting_and_every_part_is_in_the_hash_of():
     base = Request("vitmem", "mvtec", "bottle", preset="paper")
     others = [
         Request("anovit", "mvtec", "bottle", preset="paper"),
@@ -78,9 +86,9 @@ def test_every_setting_and_every_part_is_in_the_digest():
         Request("vitmem", "mvtec", "bottle", preset="paper", seed=1),
         Request("vitmem", "mvtec", "bottle", preset="paper", overrides={"memory": False}),
     ]
-    assert len({r.digest for r in [base, *others]}) == len({r.name for r in [base, *others]}) == 6
+    assert len({r.hash for r in [base, *others]}) == len({r.name for r in [base, *others]}) == 6
     same = Request("vitmem", "mvtec", "Bottle", preset="paper", overrides={"memory": True, "coord_att": True})
-    assert (same.digest, same.name) == (base.digest, base.name)
+    assert (same.hash, same.name) == (base.hash, base.name)
 
 
 def test_a_changed_default_is_another_run(monkeypatch):
@@ -90,14 +98,14 @@ def test_a_changed_default_is_another_run(monkeypatch):
     assert before.folder.startswith(f"{before.name}-")
     monkeypatch.setitem(l2cae.PRESETS, "paper", {"epochs": 7})
     after = Request("l2cae", "btad", "01", preset="paper")
-    assert after.settings()["epochs"] == 7
-    assert before.digest != after.digest and before.folder != after.folder and before.name == after.name
+    assert after.settings["epochs"] == 7
+    assert before.hash != after.hash and before.folder != after.folder and before.name == after.name
 
 
 def test_names_are_readable_unique_and_safe():
-    found = [r for name in reproduce.TABLES for r in requests(name)]
+    found = [r for name in TABLES for r in requests(name)]
     assert "vitmem-base_m-mvtec-bottle-paper-s0" in {r.name for r in found}
-    assert len({r.name for r in found}) == len({r.digest for r in found})
+    assert len({r.name for r in found}) == len({r.hash for r in found})
     odd = [Request("patchknn", "folder", c) for c in ("a b", "a_b", "A_b", "ä/b", "..")]
     names = [r.name for r in odd] + [Request("vitmem", "toy", overrides={"lr": x}).name for x in (0.1, 0.2)]
     assert len(set(names)) == 7
@@ -110,7 +118,7 @@ def test_the_data_and_presets_of_tables():
     assert {r.preset for r in requests("yang2024-3")} == {"paper"}
     assert {r.category for r in requests("yang2024-5")} == {"01", "02", "03"}
     assert len(requests("yang2024-6")) == 4 * 15 * 3
-    assert {r.digest for r in requests("yang2024-4")} <= {r.digest for r in requests("yang2024-6")}
+    assert {r.hash for r in requests("yang2024-4")} <= {r.hash for r in requests("yang2024-6")}
     # one model for the categories of both data sets, which serves both tables
     assert [r.name for r in requests("mala2023-1", seeds=1)] == ["mala-mvtec+visa-all-paper-s0"]
     assert requests("mala2023-1") == requests("mala2023-3")
@@ -140,22 +148,22 @@ def test_mistakes_are_named(options, message):
 
 
 def test_columns_and_metrics_of_every_table_are_printed_ones():
-    for name, asked in reproduce.TABLES.items():
-        if asked.source:
-            printed = reproduce._printed(asked)
-            assert set(asked.ours) <= set(printed["column"]), name
-            assert set(asked.metrics) == set(printed["metric"]), name
+    for name, asked in TABLES.items():
+        if asked.printed != "":
+            numbers = printed_numbers(Reproduction(name))
+            assert set(asked.columns) <= set(numbers["column"]), name
+            assert set(asked.metrics) == set(numbers["metric"]), name
 
 
 def test_committed_records_fill_the_ablation_on_toy_and_tiles():
-    found = existing()
+    found = by_hash()
     for dataset in ("toy", "mt"):
-        frame = cells("yang2024-6", found, dataset)
+        frame = cells(Reproduction("yang2024-6", dataset), found)
         assert len(frame) == 12 and set(frame["verdict"]) == {"other data"} and set(frame["seeds"]) == {3}
-        (first,) = runs.committed_seeds("vitmem", dataset, preset=reproduce.PRESETS[dataset])[:1]
+        (first,) = committed_seeds(Request("vitmem", dataset, preset=tables.USUAL_PRESETS[dataset]))[:1]
         assert first["dataset"] == dataset
-    own = [r["metrics"]["pro"] for r in runs.committed_seeds("vitmem", "toy", overrides={"memory": False})]
-    assert cell(cells("yang2024-6", found, "toy"), "average", "Base + CA", "pro")["reproduced"] == pytest.approx(
+    own = [r["metrics"]["pro"] for r in committed_seeds(Request("vitmem", "toy", overrides={"memory": False}))]
+    assert cell(cells(Reproduction("yang2024-6", "toy"), found), "average", "Base + CA", "pro")["reproduced"] == pytest.approx(
         100 * np.mean(own)
     )
 
@@ -167,11 +175,11 @@ def test_a_cell_has_what_is_printed_recomputed_and_reproduced():
     printed = reported.table("yang2024_table3_mvtec_image_auroc")
     value = {"bottle": [0.93, 0.94, 0.95]}
     found = made("yang2024-3", lambda r: value.get(r.category, [0.5] * 3)[r.seed])
-    frame = cells("yang2024-3", found)
+    frame = cells(Reproduction("yang2024-3"), found)
     bottle = cell(frame, "bottle", "Ours")
     assert (bottle["reported"], bottle["verdict"], bottle["seeds"]) == (94.0, "agrees", 3)
     assert (bottle["reproduced"], bottle["spread"]) == (pytest.approx(94), pytest.approx(1))
-    assert set(reproduce.shown(frame).query("category == 'average'")["reported"]) >= {"91.2", "78", "87.8"}
+    assert set(layout.as_text(frame).query("category == 'average'")["reported"]) >= {"91.2", "78", "87.8"}
     assert bottle["difference"] == pytest.approx(0) and np.isnan(bottle["recomputed"])
     average = cell(frame, "average", "Ours")
     rows = printed[(printed["method"] == "Ours") & (printed["category"] != "average")]["value_percent"]
@@ -205,7 +213,7 @@ def test_a_cell_has_what_is_printed_recomputed_and_reproduced():
 )
 def test_the_tolerance_is_where_one_more_seed_may_lie(values, verdict):
     found = made("yang2024-3", lambda r: values[r.seed], len(values))
-    frame = cells("yang2024-3", found, seeds=len(values))
+    frame = cells(Reproduction("yang2024-3", seeds=len(values)), found)
     judged = cell(frame, "bottle", "Ours")
     assert judged["verdict"] == verdict
     if len(values) == 3:
@@ -215,20 +223,20 @@ def test_the_tolerance_is_where_one_more_seed_may_lie(values, verdict):
 
 def test_whole_percents_allow_half_a_percent():
     found = made("yang2024-3", lambda r: 0.504)
-    assert cell(cells("yang2024-3", found), "carpet", "AnoViT")["verdict"] == "agrees"  # printed is 50
+    assert cell(cells(Reproduction("yang2024-3"), found), "carpet", "AnoViT")["verdict"] == "agrees"  # printed is 50
 
 
 def test_figures_of_one_line_have_the_digits_of_their_column():
     """93.0, the only pixel AUROC of the complete model in the ablation, is not printed in whole percents."""
     found = made("yang2024-6", lambda r: 0.934)
-    full = cell(cells("yang2024-6", found), "average", "Base + M + CA (Ours)", "pixel_auroc")
+    full = cell(cells(Reproduction("yang2024-6"), found), "average", "Base + M + CA (Ours)", "pixel_auroc")
     assert (full["reported"], full["step"], full["verdict"]) == (93.0, 0.1, "above")
-    for show in (reproduce.shown(cells("yang2024-6", found)), reproduce.shown(cells("yang2024-6", {}, "toy"))):
+    for show in (layout.as_text(cells(Reproduction("yang2024-6"), found)), layout.as_text(cells(Reproduction("yang2024-6", "toy"), {}))):
         (pixel,) = show.query("column == 'Base + M + CA (Ours)' and figure == 'pixel AUROC'")["reported"]
         assert pixel == "93.0"
-    bottle = cells("yang2024-3", {}, category="bottle")
+    bottle = cells(Reproduction("yang2024-3", category="bottle"), {})
     assert bottle.set_index("column")["step"][["Ours", "AnoViT"]].tolist() == [0.1, 1]
-    assert set(reproduce.shown(cells("mala2023-mt", {}))["reported"]) == {""}
+    assert set(layout.as_text(cells(Reproduction("mala2023-mt"), {}))["reported"]) == {""}
 
 
 @pytest.mark.parametrize(
@@ -245,10 +253,10 @@ def test_weights_that_start_at_random_are_not_the_papers(source, verdict):
     found = made("mala2023-3", lambda r: value, weights="mae.pth")
     for r in found.values():
         r["weights"] = {"asked": "mae.pth", "source": source}
-    frame = cells("mala2023-3", found, weights="mae.pth")
+    frame = cells(Reproduction("mala2023-3", weights="mae.pth"), found)
     assert cell(frame, "average", "Ours", "pixel_auroc")["verdict"] == verdict
     # what the paper trains from the start is random rightly
-    frame = cells("yang2024-5", made("yang2024-5", lambda r: 0.9))
+    frame = cells(Reproduction("yang2024-5"), made("yang2024-5", lambda r: 0.9))
     assert "other weights" not in set(frame["verdict"])
 
 
@@ -261,14 +269,14 @@ def test_settings_for_the_whole_table(given, verdict):
     value = {f"{one}/{c}": 0.999 for one in ("mvtec", "visa") for c in data.categories(one)}
     options = dict(weights="mae.pth", overrides=given)
     asked = requests("mala2023-3", **options)
-    assert {r.digest for r in asked}.isdisjoint(r.digest for r in requests("mala2023-3", weights="mae.pth"))
+    assert {r.hash for r in asked}.isdisjoint(r.hash for r in requests("mala2023-3", weights="mae.pth"))
     assert len({r.name.removesuffix(f"-s{r.seed}") for r in asked}) == 1  # seeds differ in nothing else
     found = made("mala2023-3", lambda r: value, **options)
     for r in found.values():
         r["weights"]["source"] = "file mae.pth"
-    frame = cells("mala2023-3", found, **options)
+    frame = cells(Reproduction("mala2023-3", **options), found)
     assert cell(frame, "average", "Ours", "pixel_auroc")["verdict"] == verdict
-    assert cells("mala2023-3", found, weights="mae.pth")["reproduced"].isna().all()
+    assert cells(Reproduction("mala2023-3", weights="mae.pth"), found)["reproduced"].isna().all()
     assert reproduce.stem("mala2023-3", asked, None, given) != reproduce.stem("mala2023-3", asked)
 
 
@@ -278,15 +286,15 @@ def test_a_setting_of_the_columns_cannot_be_set_for_the_whole_table():
 
 
 def test_other_data_other_settings_and_fewer_images_are_not_judged():
-    frame = cells("yang2024-5", made("yang2024-5", lambda r: 0.9, preset="small"), preset="small")
+    frame = cells(Reproduction("yang2024-5", preset="small"), made("yang2024-5", lambda r: 0.9, preset="small"))
     assert set(frame["verdict"].dropna()) == {"other settings"}
-    frame = cells("yang2024-5", made("yang2024-5", lambda r: 0.9, dataset="visa"), "visa")
+    frame = cells(Reproduction("yang2024-5", "visa"), made("yang2024-5", lambda r: 0.9, dataset="visa"))
     assert set(frame["verdict"].dropna()) == {"other data"}
     assert frame["reproduced"].notna().any() and frame[["difference", "tolerance"]].isna().all(axis=None)
     found = made("yang2024-5", lambda r: 0.9)
     for r in found.values():
         r["counts"]["train"] -= r["category"] == "02"
-    frame = cells("yang2024-5", found)
+    frame = cells(Reproduction("yang2024-5"), found)
     assert cell(frame, "02", "Ours")["verdict"] == cell(frame, "average", "Ours")["verdict"] == "other data"
     assert pd.isna(cell(frame, "02", "Ours")["difference"]) and cell(frame, "01", "Ours")["difference"] < 0
     assert cell(frame, "01", "Ours")["verdict"] == "below"
@@ -296,7 +304,7 @@ def test_an_average_needs_all_categories_of_a_seed():
     found = made("yang2024-5", lambda r: 0.9)
     (gone,) = [k for k, r in found.items() if r["category"] == "02" and r["seed"] == 1]
     del found[gone]
-    frame = cells("yang2024-5", found)
+    frame = cells(Reproduction("yang2024-5"), found)
     average, second = cell(frame, "average", "Ours"), cell(frame, "02", "Ours")
     assert (average["seeds"], second["seeds"]) == (2, 2)
     assert average["fill"] == "1 of 9 runs: vitmem-btad-02-paper-s1"
@@ -305,7 +313,7 @@ def test_an_average_needs_all_categories_of_a_seed():
 
 
 def test_a_cell_never_run_is_empty_and_says_what_fills_it():
-    frame = cells("kimkwon-mvtec", {})
+    frame = cells(Reproduction("kimkwon-mvtec"), {})
     assert len(frame) == 1 and frame["reported"].item() == 99.05
     assert frame[["reproduced", "difference", "verdict", "tier"]].isna().all(axis=None)
     assert frame["fill"].item() == "45 of 45 runs: ssltok-mvtec-bottle-paper-s0, ..."
@@ -314,14 +322,14 @@ def test_a_cell_never_run_is_empty_and_says_what_fills_it():
 def test_one_model_of_all_categories_fills_both_tables():
     value = {f"{one}/{c}": i / 30 for one in ("mvtec", "visa") for i, c in enumerate(data.categories(one), 1)}
     found = made("mala2023-1", lambda r: value)
-    frame = cells("mala2023-3", found)
+    frame = cells(Reproduction("mala2023-3"), found)
     assert cell(frame, "pcb1", "Ours")["reproduced"] == pytest.approx(100 * value["visa/pcb1"])
     assert cell(frame, "average", "Ours")["reproduced"] == pytest.approx(100 * np.mean(range(1, 13)) / 30)
-    frame = cells("mala2023-1", found)
+    frame = cells(Reproduction("mala2023-1"), found)
     assert cell(frame, "zipper", "Ours", "pixel_auroc")["reproduced"] == pytest.approx(50)
     # trained on one of the two, it is not the paper's model
     alone = {k: v for k, v in value.items() if k.startswith("mvtec")}
-    frame = cells("mala2023-1", made("mala2023-1", lambda r: alone, dataset="mvtec"), "mvtec")
+    frame = cells(Reproduction("mala2023-1", "mvtec"), made("mala2023-1", lambda r: alone, dataset="mvtec"))
     assert set(frame["verdict"].dropna()) == {"other data"}
 
 
@@ -329,7 +337,7 @@ def test_a_figure_that_needs_masks_has_none_without():
     found = made("yang2024-5", lambda r: 0.9, dataset="folder")
     for r in found.values():
         r["metrics"]["pro"] = None
-    frame = cells("yang2024-5", found, "folder")
+    frame = cells(Reproduction("yang2024-5", "folder"), found)
     assert cell(frame, "average", "Ours", "pro")["fill"] == "data without masks have no such figure"
     assert cell(frame, "average", "Ours")["reproduced"] == pytest.approx(90)
 
@@ -337,9 +345,9 @@ def test_a_figure_that_needs_masks_has_none_without():
 def test_anovit_is_counted_against_the_convolutions():
     better = {"bottle", "cable"}
     found = made("anovit-mvtec", lambda r: 0.6 + 0.1 * (r.method == "anovit") * (r.category in better))
-    frame = cells("anovit-mvtec", found)
+    frame = cells(Reproduction("anovit-mvtec"), found)
     assert set(frame["column"]) == {"AnoViT", "L2-CAE"}
-    lines = reproduce.remarks("anovit-mvtec", frame)
+    lines = layout.remarks(Reproduction("anovit-mvtec"), frame)
     assert lines[1:] == [
         "AnoViT as reported: above L2-CAE in 9 of 15 categories, equal in 2.",
         "AnoViT as reproduced: above L2-CAE in 2 of 15 categories, equal in 13.",
@@ -351,19 +359,19 @@ def test_anovit_is_counted_against_the_convolutions():
 
 def test_own_runs_come_first_and_other_weights_are_other_runs(tmp_path):
     request = Request("vitmem", "toy")
-    (committed,) = [r for r in existing().values() if digest(r) == request.digest]
+    (committed,) = [r for r in by_hash().values() if hash_of(r) == request.hash]
     assert committed["folder"].name == "vitmem-demo-s0"
     write(tmp_path, request, record(request, 0.123))
-    assert existing(tmp_path)[request.digest]["metrics"]["image_auroc"] == 0.123
+    assert by_hash(tmp_path)[request.hash]["metrics"]["image_auroc"] == 0.123
     other = Request("vitmem", "toy", seed=77)
     write(tmp_path, other, record(other, weights={"asked": "my.safetensors", "source": "file"}))
-    assert other.digest not in existing(tmp_path)
+    assert other.hash not in by_hash(tmp_path)
     with_file = Request("vitmem", "toy", seed=77, weights="my.safetensors")
-    assert with_file.digest in existing(tmp_path)
+    assert with_file.hash in by_hash(tmp_path)
     elsewhere = Request("vitmem", "toy", seed=77, weights="../my.safetensors")
     assert len({r.name for r in (other, with_file, elsewhere)}) == 3
     assert with_file.name.startswith("vitmem-my_") and with_file.name.endswith("-toy-gear-demo-s77")
-    assert existing(tmp_path / "nowhere").keys() == existing().keys()
+    assert by_hash(tmp_path / "nowhere").keys() == by_hash().keys()
 
 
 def write(folder, request, record):
@@ -399,17 +407,18 @@ def test_an_estimate_has_a_basis_or_says_that_it_has_none():
 
 def test_runs_on_a_machine_like_this_one_count_first():
     asked = Request("vitmem", "mvtec", "bottle", preset="paper")
+    on_cpu = Request.make(asked, device="cpu")
     here = runs.environment(runs.find_device("cpu"))
     there = [record(asked, seconds=5.0)] * 5 + [record(asked, seconds=500.0, environment=here)]
-    assert estimate(asked, there, "cpu")[0] == pytest.approx(510)
-    assert estimate(asked, there[:5], "cpu")[0] == pytest.approx(15)
+    assert estimate(on_cpu, there)[0] == pytest.approx(510)
+    assert estimate(on_cpu, there[:5])[0] == pytest.approx(15)
 
 
 def test_published_and_generated_counts(toy_root):
-    assert reproduce._images(Request("mala", "mvtec+visa")) == (3629 + 8659, 1725 + 2162)
-    assert reproduce._images(Request("mala", "ksdd2")) == (2085, 1004)
-    sets = data.find("toy", None, "all")
-    assert reproduce._images(Request("mala", "toy")) == (len(sets[3]), len(sets[4]))
+    assert n_images(Request("mala", "mvtec+visa")) == (3629 + 8659, 1725 + 2162)
+    assert n_images(Request("mala", "ksdd2")) == (2085, 1004)
+    found = data.find("toy", None, "all")
+    assert n_images(Request("mala", "toy")) == (len(found.train), len(found.test))
 
 
 @pytest.mark.parametrize(
@@ -419,16 +428,20 @@ def test_durations(seconds, text):
     assert duration(seconds) == text
 
 
+def where_to_get(name, root=None):
+    return data.get(name).where_to_get(root)
+
+
 def test_where_data_can_be_had(tmp_path, monkeypatch):
     monkeypatch.delenv("VITAD_MT_ROOT", raising=False)
-    both = reproduce.data_missing("mvtec+visa")
+    both = where_to_get("mvtec+visa")
     assert "vitad data download mvtec --root DIR/mvtec --accept-licence" in both and "VisA" not in both
     assert "CC BY-NC-SA 4.0" in both and "vitad data download visa --root DIR/visa" in both
-    assert "git clone https://github.com" in reproduce.data_missing("mt")
+    assert "git clone https://github.com" in where_to_get("mt")
     (tmp_path / "mvtec").mkdir()
-    assert "'mvtec'" not in reproduce.data_missing("mvtec+visa", tmp_path)
-    assert reproduce.data_missing("mvtec", tmp_path) is reproduce.data_missing("toy") is None
-    assert "nowhere" in reproduce.data_missing("btad", tmp_path / "nowhere")
+    assert "'mvtec'" not in where_to_get("mvtec+visa", tmp_path)
+    assert where_to_get("mvtec", tmp_path) is where_to_get("toy") is None
+    assert "nowhere" in where_to_get("btad", tmp_path / "nowhere")
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -451,9 +464,9 @@ def table(tmp_path, monkeypatch, capsys):
 def test_the_list_of_tables(table):
     status, text = table()
     assert status == 0
-    found = existing()
-    for name in reproduce.TABLES:
-        there = sum(r.digest in found for r in requests(name))
+    found = by_hash()
+    for name in TABLES:
+        there = sum(r.hash in found for r in requests(name))
         preset = requests(name)[0].preset
         assert re.search(rf"^ *{name} .* {preset} +{len(requests(name))} +{there}$", text, re.M), name
     assert re.search(r"^ *yang2024-6 .* toy +demo +12 +12$", table("--dataset", "toy")[1], re.M)
@@ -469,7 +482,7 @@ def test_a_table_of_committed_records_is_filled(table, tmp_path):
     assert re.search(r"^Base \+ M +85\.7 +\d\d\.\d ± \d\.\d +3 .* other data$", text, re.M)
     stem = tmp_path / "runs" / "tables" / "yang2024-6-toy-demo"
     frame = pd.read_csv(f"{stem}.csv")
-    assert list(frame.columns) == list(reproduce.COLUMNS) and frame["reproduced"].notna().all()
+    assert list(frame.columns) == list(COLUMNS) and frame["reproduced"].notna().all()
     rows = [line for line in Path(f"{stem}.md").read_text().splitlines() if line.startswith("| ")]
     assert len(rows) == 2 + 12
 
@@ -483,10 +496,10 @@ def test_a_table_without_its_data_lists_runs_and_says_what_it_needs(table):
     assert single in text
     assert text.splitlines()[1].startswith("data: 'btad' is not at hand")  # the cause before its effects
     assert "unknown so far\n  an epoch on toy gives a basis: vitad run vitmem" in text and "cells are empty" in text
-    (printed,) = reported.table("yang2024_table5_btad").query("category == '02' and method == 'Ours'")["value_percent"][
+    (number,) = printed.table("yang2024-5").query("category == '02' and method == 'Ours'")["value_percent"][
         :1
     ]
-    assert re.search(rf"^02 +{printed} *$", text, re.M)
+    assert re.search(rf"^02 +{number} *$", text, re.M)
     assert table("yang2024-5", "--category", "01,02", "--out", "here")[0] == 0
     assert Path("here/yang2024-5-btad-01_02-paper.csv").exists()
     status, text = table("yang2024-5", "--run")
@@ -509,7 +522,7 @@ def test_missing_runs_are_made_and_a_failing_one_stops_no_other(table, toy_root,
     assert status == 1 and "1 of 4 runs failed: anovit-toy-gear-smoke-s0" in text
     assert "[1/4] anovit-toy-gear-smoke-s0" in text and "holds files that are not a run" in text
     assert re.search(r"\[4/4\] l2cae-toy-gear-smoke-s1, about \S+ (s|min) left", text)
-    assert {r.digest for r in others} == {digest(r) for r in runs.read_records("runs")}
+    assert {r.hash for r in others} == {hash_of(r) for r in runs.read_records("runs")}
     (line,) = [line for line in text.splitlines() if line.startswith("AnoViT ")][-1:]
     frame = pd.read_csv("runs/tables/anovit-mvtec-toy-smoke.csv")
     assert cell(frame, "average", "AnoViT")["fill"] == "1 of 2 runs: anovit-toy-gear-smoke-s0"
@@ -532,9 +545,9 @@ def test_weights_are_passed_on_and_their_runs_found_again(table, toy_root, monke
     assert asked.command("x")[-4:] == ["--weights", "mae.pth", "--out", "x"]
     made = []
 
-    def run(*words, out, **options):
-        made.append(words)
-        write(out.parent, asked, record(asked, weights={"asked": words[-1], "source": "file mae.pth"}))
+    def run(request, out):
+        made.append(request)
+        write(out.parent, asked, record(asked, weights={"asked": request.weights, "source": "file mae.pth"}))
         return runs.read_record(out)
 
     monkeypatch.setattr(runs, "run", run)
@@ -542,7 +555,7 @@ def test_weights_are_passed_on_and_their_runs_found_again(table, toy_root, monke
     status, text = table(*words, "--set", "textures=/dtd", "stage1_epochs=1", "--weights", "mae.pth")
     assert "--set textures=/dtd stage1_epochs=1 --weights mae.pth" in text and "1 missing" in text
     status, text = table(*words, "--weights", "mae.pth", "--run")
-    assert status == 0 and [w[-1] for w in made] == ["mae.pth"]
+    assert status == 0 and [r.weights for r in made] == ["mae.pth"]
     assert list(Path("runs/tables").glob("mala2023-1-toy-smoke-mae_*.csv"))
     assert "1 there, 0 missing" in table(*words, "--weights", "mae.pth")[1]
     status, text = table(*words)
@@ -554,8 +567,8 @@ def test_an_unexpected_failure_is_shown_whole(monkeypatch, toy_root, tmp_path):
         raise ZeroDivisionError("a bug")
 
     monkeypatch.setattr(runs, "run", broken)
-    asked, said = requests("yang2024-4", "toy", preset="smoke", seeds=1), []
-    failed = reproduce.run_missing(asked, {}, tmp_path, toy_root, say=said.append)
+    asked, said = requests("yang2024-4", "toy", preset="smoke", seeds=1, data_root=toy_root), []
+    failed = run_missing(asked, {}, tmp_path, say=said.append)
     assert list(failed) == ["vitmem-toy-gear-smoke-s0"] and "Traceback" in said[1] and "a bug" in said[1]
 
 
@@ -566,12 +579,13 @@ def test_a_thousand_records_are_tabulated_in_two_seconds(tmp_path):
     best = float("inf")
     for _ in range(3):
         began = time.process_time()
-        found = existing(tmp_path)
-        lines, _, _ = reproduce.overview(requests("yang2024-3", seeds=23), found)
-        frame = cells("yang2024-3", found, seeds=23)
-        text = reproduce.text(frame)
+        found = by_hash(tmp_path)
+        table = Reproduction("yang2024-3", seeds=23)
+        lines, _, _ = overview(table.requests, found)
+        frame = cells(table, found)
+        text = layout.for_terminal(frame)
         best = min(best, time.process_time() - began)
-    assert sum(r.digest in found for r in asked) == 1000 and len(lines) == 45
+    assert sum(r.hash in found for r in asked) == 1000 and len(lines) == 45
     assert cell(frame, "carpet", "Ours")["seeds"] == 23 and "judged" in text
     assert best < 2
 

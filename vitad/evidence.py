@@ -1,0 +1,88 @@
+"""How sure a number is: what to expect of one more run, and differences between runs of the same seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy.special import stdtrit
+
+from vitad.metrics import METRICS
+from vitad.runs.record import Record
+
+LEAST_TOLERANCE = 0.04  # twice what another processor was seen to change
+
+
+def expected(records: Sequence[Record], metric: str = "image_auroc") -> tuple[float, float, int]:
+    """(mean, tolerance, n) of a metric over the seeds of committed runs.
+
+    The tolerance is ours: three standard deviations of the seeds, and at least 0.04, which is twice what another
+    processor was seen to change. (nan, nan, 0) where no record has the metric.
+    """
+    values = np.array([r["metrics"][metric] for r in records if r["metrics"].get(metric) is not None], float)
+    if not len(values):
+        return float("nan"), float("nan"), 0
+    spread = values.std(ddof=1) if len(values) > 1 else 0.0
+    return float(values.mean()), float(max(3 * spread, LEAST_TOLERANCE)), len(values)
+
+
+def check_expected(record: Record, committed: Sequence[Record], metric: str = "image_auroc") -> str:
+    """One line that says that a run lies where the committed runs make it expected; nothing where there are none.
+
+    Raises
+    ------
+    AssertionError : the run lies outside of the tolerance.
+    """
+    mean, tolerance, n = expected(committed, metric)
+    if not n:
+        return ""
+    value = record["metrics"][metric]
+    line = f"{METRICS[metric]} {value:.3f}, expected {mean:.3f} ± {tolerance:.3f}"
+    assert abs(value - mean) <= tolerance, f"{line}: outside of what the book's own runs gave"
+    return line
+
+
+def contrast(
+    variants: Mapping[str, Sequence[Record]], weights: Mapping[str, float], metric: str = "image_auroc"
+) -> dict[str, Any]:
+    """A weighted sum of variants, such as `{"full": 1, "base": -1}`, with its 95 % confidence interval over seeds.
+
+    The sum is taken seed by seed (Student's t).
+
+    Returns
+    -------
+    dict `difference, plus_minus, seeds, verdict`. The verdict is "above 0", "below 0", or "undecided" where the
+        interval holds 0 or a single seed gives none.
+    """
+    values = {
+        name: {r["seed"]: r["metrics"][metric] for r in variants[name] if r["metrics"].get(metric) is not None}
+        for name in weights
+    }
+    seeds = sorted(set.intersection(*(set(v) for v in values.values())))
+    sums = np.array([sum(w * values[name][seed] for name, w in weights.items()) for seed in seeds])
+    n, mean = len(sums), float(sums.mean()) if len(sums) else float("nan")
+    half = float(stdtrit(n - 1, 0.975) * sums.std(ddof=1) / n**0.5) if n > 1 else float("inf")
+    if not abs(mean) > half:
+        verdict = "undecided"
+    else:
+        verdict = "above 0" if mean > 0 else "below 0"
+    return {"difference": round(mean, 4), "plus_minus": round(half, 4), "seeds": n, "verdict": verdict}
+
+
+def contrasts(
+    variants: Mapping[str, Sequence[Record]],
+    weights: Mapping[str, Mapping[str, float]],
+    metrics: Sequence[str] = ("image_auroc", "pixel_auroc", "pro"),
+    printed: Mapping[str, Mapping[str, float]] | None = None,
+) -> pd.DataFrame:
+    """One line for each `contrast` of `weights = {name: {variant: weight}}` and metric, beside the printed one."""
+    lines = []
+    for name, weighting in weights.items():
+        for metric in metrics:
+            line = {"contrast": name, "metric": METRICS[metric], **contrast(variants, weighting, metric)}
+            if printed:
+                line["printed"] = round(sum(w * printed[v][metric] for v, w in weighting.items()) / 100, 4)
+            lines.append(line)
+    return pd.DataFrame(lines).set_index(["contrast", "metric"])

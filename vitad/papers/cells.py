@@ -1,0 +1,197 @@
+"""A printed table, cell by cell: what the paper reports, what its rows give, and what the runs here give."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy.special import stdtrit
+
+from vitad import data
+from vitad.papers import printed
+from vitad.papers.estimates import n_images
+from vitad.papers.tables import Reproduction, Table
+from vitad.runs import Request
+from vitad.runs.record import Record
+
+FAITHFUL = ("paper", "legacy")  # presets whose metrics can be held against a paper's,
+PATHS = {"textures"}  # also with these settings, which say where something lies
+AVERAGE = "average"
+COLUMNS = (
+    *("category", "column", "metric", "method", "reported", "step", "recomputed", "reproduced", "spread", "seeds"),
+    *("difference", "tolerance", "verdict", "tier", "fill"),
+)
+NUMBERS = ("reported", "step", "recomputed", "reproduced", "spread", "difference", "tolerance")
+
+
+def cells(table: Reproduction, records: Mapping[str, Record]) -> pd.DataFrame:
+    """A table cell by cell, in percent.
+
+    Parameters
+    ----------
+    table : which runs fill it.
+    records : {hash: record}, as `vitad.runs.by_hash` gives them.
+
+    Returns
+    -------
+    DataFrame, one row for each category, printed column and metric:
+
+    * `reported`: as printed. `step`: unit of the last digit that is printed in this column. `recomputed`: for an
+      average, the mean of the printed rows, where there are rows.
+    * `reproduced`, `spread`, `seeds`: mean, standard deviation and number of the seeds. An average is taken seed
+      by seed, and only of seeds for which all categories are there.
+    * `difference`: reproduced minus recomputed, or minus reported where nothing is recomputed.
+    * `tolerance`: how far from the mean of n seeds one more run may lie (95 %, Student's t), which is
+      t(0.975, n-1) * spread * sqrt(1 + 1/n), and half a `step`. None for one seed.
+    * `verdict`: `agrees` within the tolerance, else `above` or `below`. `one seed` has no spread to judge by.
+      `other data` is not the paper's data set, or not all of its images, and has neither difference nor tolerance.
+      `other settings` are not those of `paper`. `other weights` start at random what the method's settings have
+      pretrained, such as MALA's decoder without MAE's file. With `nothing printed` there is nothing to judge.
+    * `tier`: preset and hardware. `fill`: what would fill a cell that is empty.
+    """
+    numbers = printed_numbers(table)
+    rows = _rows(table, numbers)
+    lines = []
+    for column in dict.fromkeys([*table.table.columns, *numbers["column"]]):
+        step = _step(numbers[numbers["column"] == column]["value"].dropna())
+        for metric in table.table.metrics:
+            same = numbers[(numbers["column"] == column) & (numbers["metric"] == metric)]
+            reported = dict(zip(same["category"], same["value"], strict=True))
+            for row, categories in rows.items():
+                has_rows = row == AVERAGE and len(reported) > 1
+                line = {
+                    "category": row,
+                    "column": column,
+                    "metric": metric,
+                    "reported": reported.get(row),
+                    "step": step,
+                    "recomputed": np.mean([v for c, v in reported.items() if c != AVERAGE]) if has_rows else None,
+                    "fill": None if column in table.columns else "not in this library",
+                }
+                if column in table.columns:
+                    line |= _reproduced(line, table, categories, records)
+                if column in table.columns or row in reported:
+                    lines.append(line)
+    frame = pd.DataFrame(lines, columns=COLUMNS)
+    return frame.astype(dict.fromkeys(COLUMNS, object) | dict.fromkeys(NUMBERS, float) | {"seeds": "Int64"})
+
+
+def printed_numbers(table: Reproduction) -> pd.DataFrame:
+    """What the paper prints: `category, column, metric, value`."""
+    described: Table = table.table
+    name = table.name if described.printed is None else described.printed
+    if not name:
+        return pd.DataFrame(columns=["category", "column", "metric", "value"])
+    rows = printed.table(name)
+    rows = rows[(rows["dataset"] == (described.tested or described.dataset)) & rows["metric"].isin(described.metrics)]
+    if name == printed.ABSTRACTS:
+        rows = rows[rows["paper"] == described.paper]
+    if not described.others:
+        rows = rows[rows["method"].isin(list(described.columns))]
+    rows = rows.rename(columns={"method": "column", "value_percent": "value"})
+    return rows.assign(category=rows["category"].replace("all", AVERAGE))
+
+
+def _rows(table: Reproduction, numbers: pd.DataFrame) -> dict[str, list[str]]:
+    """{row of the table: the categories whose mean it is}.
+
+    On the paper's data the printed rows, as far as they are asked for, and their average if all are. On other data the
+    categories there, and their average, beside which the printed one stands.
+    """
+    requests = next(iter(table.columns.values()))
+    tested = list(dict.fromkeys(c for request in requests for c in _tested(request)))
+    if not table.on_the_papers_data:
+        return ({c: [c] for c in tested} if len(tested) > 1 else {}) | {AVERAGE: tested}
+    in_rows = [c for c in numbers["category"].unique() if c != AVERAGE]
+    all_of_them = in_rows or data.get(requests[0].dataset).categories()
+    rows = {c: [c] for c in in_rows if c in tested}
+    if set(all_of_them) <= set(tested):
+        return rows | {AVERAGE: all_of_them}
+    return rows or {c: [c] for c in tested}
+
+
+def _tested(request: Request) -> list[str | None]:
+    """Categories that a run is tested on."""
+    if request.category == data.ALL:
+        return data.get(request.dataset).categories()
+    return [request.category]
+
+
+def _metrics_by_category(record: Record) -> dict[str, dict[str, float | None]]:
+    """{category: metrics} of a run; of a model of several categories, of each."""
+    several = record.get("metrics_by_category", {})
+    return {c.split("/")[-1]: m for c, m in several.items()} or {record["category"]: record["metrics"]}
+
+
+def _reproduced(
+    line: dict[str, Any], table: Reproduction, categories: list[str], records: Mapping[str, Record]
+) -> dict[str, Any]:
+    """What the runs say: the columns of `cells` from `method` on."""
+    metric = line["metric"]
+    requests = [r for r in table.columns[line["column"]] if set(_tested(r)) & set(categories)]
+    pairs = [(r, records[r.hash]) for r in requests if r.hash in records]
+    made = [record for _, record in pairs]
+    by_seed: dict[int, dict[str, float | None]] = {}
+    for record in made:
+        values = {c: m.get(metric) for c, m in _metrics_by_category(record).items()}
+        by_seed.setdefault(record["seed"], {}).update(values)
+    complete = [v for v in by_seed.values() if all(v.get(c) is not None for c in categories)]
+    means = np.array([np.mean([100 * v[c] for c in categories]) for v in complete])  # type: ignore[operator]
+    missing = [r.name for r in requests if r.hash not in records]
+    cell: dict[str, Any] = {"method": requests[0].method, "seeds": len(means)}
+    if missing:
+        cell["fill"] = f"{len(missing)} of {len(requests)} runs: {missing[0]}" + (", ..." if len(missing) > 1 else "")
+    if not len(means):
+        return cell | ({} if missing else {"fill": "data without masks have no such metric"})
+    target = line["reported"] if line["recomputed"] is None else line["recomputed"]
+    cell |= {"reproduced": means.mean(), "tier": " + ".join(sorted({_tier(r) for r in made}))}
+    if len(means) > 1:
+        cell["spread"] = means.std(ddof=1)
+    if not table.on_the_papers_data or not all(_has_all_images(*pair) for pair in pairs):
+        return cell | {"verdict": "other data"}
+    if target is not None:
+        cell["difference"] = means.mean() - target
+        if len(means) > 1:
+            t = stdtrit(len(means) - 1, 0.975)
+            cell["tolerance"] = t * cell["spread"] * (1 + 1 / len(means)) ** 0.5 + line["step"] / 2
+    return cell | {"verdict": _verdict(cell, table, requests, made, target)}
+
+
+def _verdict(
+    cell: Mapping[str, Any], table: Reproduction, requests: list[Request], made: list[Record], target: float | None
+) -> str:
+    if table.overrides.keys() - PATHS or any(r.preset not in FAITHFUL for r in requests):
+        return "other settings"
+    if not all(_as_pretrained(r) for r in made):
+        return "other weights"
+    if target is None:
+        return "nothing printed"
+    if cell["seeds"] == 1:
+        return "one seed"
+    if abs(cell["difference"]) <= cell["tolerance"]:
+        return "agrees"
+    return "above" if cell["difference"] > 0 else "below"
+
+
+def _step(values: pd.Series) -> float | None:
+    """Unit of the last printed digit of a column, all its numbers together; None where it has none."""
+    steps = (step for step in (1, 0.1, 0.01) if all(abs(v / step - round(v / step)) < 1e-6 for v in values))
+    return next(steps) if len(values) else None
+
+
+def _as_pretrained(record: Record) -> bool:
+    """Whether nothing started at random that the method's settings have pretrained, in whole or in part."""
+    return not (record["settings"].get("pretrained") and record["weights"]["source"].endswith("random"))
+
+
+def _has_all_images(request: Request, record: Record) -> bool:
+    """Whether the run had as many images as are published."""
+    counts = record["counts"]
+    return n_images(request, [record]) == (counts["train"], counts["test_good"] + counts["test_defective"])
+
+
+def _tier(record: Record) -> str:
+    e = record["environment"]
+    return f"{record['preset']}; {e['device']}, {e['device_name']}"

@@ -1,0 +1,114 @@
+"""The cells of a printed table as text: for a terminal, as CSV and as Markdown."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from vitad.files import atomic_write
+from vitad.metrics import METRICS
+from vitad.papers.cells import AVERAGE
+from vitad.papers.tables import Reproduction
+from vitad.show.tables import markdown
+
+
+def as_text(frame: pd.DataFrame) -> pd.DataFrame:
+    """`cells` with every number as text."""
+
+    def words(name: str, form: str) -> list[str]:
+        return ["" if pd.isna(x) else format(x, form) for x in frame[name]]
+
+    digits = abs(np.log10(frame["step"]))  # as many as the column is printed with
+    return pd.DataFrame(
+        {
+            "category": frame["category"],
+            "column": frame["column"],
+            "metric": frame["metric"].map(METRICS),
+            "reported": [
+                "" if pd.isna(x) else f"{x:.{n:.0f}f}" for x, n in zip(frame["reported"], digits, strict=True)
+            ],
+            "recomputed mean": words("recomputed", ".2f"),
+            "reproduced": [
+                f"{mean} ± {spread}" if spread else mean
+                for mean, spread in zip(words("reproduced", ".1f"), words("spread", ".1f"), strict=True)
+            ],
+            "seeds": [f"{n}" if n else "" for n in frame["seeds"].fillna(0)],
+            "difference": words("difference", "+.1f"),
+            "tolerance": words("tolerance", ".1f"),
+            "verdict": frame["verdict"].fillna(""),
+            "tier": frame["tier"].fillna(""),
+            "what would fill it": frame["fill"].fillna(""),
+        }
+    )
+
+
+def for_terminal(frame: pd.DataFrame, width: int = 120) -> str:
+    """`cells` for a terminal: for each metric a table, and below it the columns that are only reported.
+
+    Categories are lines and columns stand beside each other; a table with one line, as of an ablation, is turned.
+    """
+    words = as_text(frame).assign(judged=lambda w: (w["difference"] + " " + w["verdict"]).str.strip())
+    words["ran"], blocks = frame["method"].notna(), []
+    for metric, part in words.groupby("metric", sort=False):
+        ours, others = part[part["ran"]], part[~part["ran"]]
+        if ours["category"].nunique() == 1:
+            all_of_it = ["reported", "recomputed mean", "reproduced", "seeds", "difference", "tolerance", "verdict"]
+            wide = ours.set_index("column")[all_of_it].rename_axis(None)
+            wide = wide.loc[:, [c in ("reported", "reproduced") or any(wide[c] != "") for c in wide]]
+        else:
+            means = ours[ours["recomputed mean"] != ""]
+            means = means.assign(category="recomputed", reported=means["recomputed mean"], reproduced="", judged="")
+            ours = pd.concat([ours, means])
+            wide = _pivot(ours, ["reported", "reproduced", "judged"])
+        blocks.append(f"{metric}, percent\n{wide.to_string(line_width=width)}")
+        if len(others):
+            wide = _pivot(others, ["reported"]).droplevel(1, axis=1)
+            blocks[-1] += f"\nreported only\n{wide.to_string(line_width=width)}"
+    tiers = list(dict.fromkeys(frame["tier"].dropna()))
+    if tiers:
+        blocks.append("reproduced with (preset; hardware): " + "\n  and ".join(tiers))
+    empty = frame["method"].notna() & frame["reproduced"].isna()
+    if empty.any():
+        blocks.append(f"{empty.sum()} cells are empty; the files say for each which runs would fill it")
+    return "\n\n".join(blocks)
+
+
+def _pivot(words: pd.DataFrame, fields: list[str]) -> pd.DataFrame:
+    """Category x (column, field), in the order of the lines."""
+    wide = words.pivot(index="category", columns="column", values=fields).swaplevel(axis=1).fillna("")
+    columns = [(column, field) for column in words["column"].unique() for field in fields]
+    return (
+        wide.reindex(index=words["category"].unique(), columns=columns)
+        .rename_axis(None)
+        .rename_axis([None, None], axis=1)
+    )
+
+
+def remarks(table: Reproduction, frame: pd.DataFrame) -> list[str]:
+    """Lines that belong beside the cells."""
+    printed, lines = table.table, []
+    if printed.note:
+        lines.append(printed.note)
+    if printed.ahead:
+        for kind in ("reported", "reproduced"):
+            wide = frame[frame["category"] != AVERAGE].pivot(index="category", columns="column", values=kind)
+            wide = wide.reindex(columns=list(printed.ahead)).dropna()
+            first, second = (wide[c] for c in printed.ahead)
+            count = f"above {second.name} in {(first > second).sum()} of {len(wide)} categories"
+            count += f", equal in {(first == second).sum()}"
+            lines.append(f"{first.name} as {kind}: {count if len(wide) else 'no categories to count'}.")
+    return lines
+
+
+def write(table: Reproduction, frame: pd.DataFrame, folder: str | Path) -> Path:
+    """Write `<folder>/<stem>.csv` with the numbers as they are and `<stem>.md` with text; gives the path without suffix."""
+    stem = Path(folder) / table.stem
+    with atomic_write(f"{stem}.csv") as temporary:
+        frame.to_csv(temporary, index=False)
+    with atomic_write(f"{stem}.md") as temporary:
+        lines = [f"# {table.name}", table.title, *remarks(table, frame)]
+        lines += ["Percent; mean and standard deviation over seeds.", markdown(as_text(frame))]
+        temporary.write_text("\n\n".join(lines) + "\n")
+    return stem

@@ -1,0 +1,29 @@
+"""Runs: what is asked for (`request`), how it is made (`pipeline`), its record (`record`) and its folder (`folder`)."""
+
+from vitad.runs.folder import load_model, read_history, read_maps
+from vitad.runs.machine import describe_environment, environment, find_device, git_state
+from vitad.runs.pipeline import find_or_run, run, run_variants, score
+from vitad.runs.record import by_hash, committed, committed_seeds, read_record, read_records
+from vitad.runs.request import Request, hash_of, settings_of
+
+__all__ = [
+    "Request",
+    "by_hash",
+    "committed",
+    "committed_seeds",
+    "describe_environment",
+    "environment",
+    "find_device",
+    "find_or_run",
+    "git_state",
+    "hash_of",
+    "load_model",
+    "read_history",
+    "read_maps",
+    "read_record",
+    "read_records",
+    "run",
+    "run_variants",
+    "score",
+    "settings_of",
+]

@@ -1,0 +1,60 @@
+"""Records of runs: `record.json` as it is read and written, and which records are of the same run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import vitad
+from vitad.errors import UserError
+from vitad.files import atomic_write
+from vitad.runs.request import Request, hash_of, identity
+
+Record = dict[str, Any]  # what `record.json` holds; `folder` is added where it was read together with others
+
+
+def read_record(folder: str | Path) -> Record:
+    """`record.json` of a run's folder, as a dict."""
+    path = Path(folder) / "record.json"
+    if not path.is_file():
+        raise UserError(f"{folder} holds no record.json: not a finished run. Give the --out folder of one.")
+    try:
+        return json.loads(path.read_text())
+    except ValueError as e:
+        raise UserError(f"{path} is not readable ({e}). Run it again into another folder.") from e
+
+
+def write_record(record: Record, folder: Path) -> None:
+    """Write `record.json`, whole or not at all."""
+    with atomic_write(folder / "record.json") as temporary:
+        temporary.write_text(json.dumps(record, indent=2) + "\n")
+
+
+def read_records(folder: str | Path) -> list[Record]:
+    """All records below a folder, sorted by path; each also holds its `folder`."""
+    paths = sorted(Path(folder).rglob("record.json"))
+    return [read_record(p.parent) | {"folder": p.parent} for p in paths]
+
+
+def committed(dataset: str | None = None) -> list[Record]:
+    """Records that come with the book, below `results/` of the source tree; [] where vitad was installed without it."""
+    records = read_records(Path(vitad.__file__).parent.parent / "results")
+    return [r for r in records if dataset in (None, r["dataset"])]
+
+
+def committed_seeds(request: Request) -> list[Record]:
+    """Committed records of this run with any seed, sorted by seed. The data need not be there."""
+    wanted = request.identity | {"seed": None}
+    same_names = [r for r in committed(request.dataset) if r["method"] == request.method]
+    same = [r for r in same_names if identity(r) | {"seed": None} == wanted]
+    return sorted(same, key=lambda r: r["seed"])
+
+
+def by_hash(folder: str | Path | None = None) -> dict[str, Record]:
+    """{hash: record} of the runs at hand: those of the book, then those below `folder`, which replace them.
+
+    JSON files of the same name that are no records are passed over.
+    """
+    more = read_records(folder) if folder is not None and Path(folder).is_dir() else []
+    return {hash_of(r): r for r in [*committed(), *more] if "asked" in r.get("weights", {})}

@@ -1,0 +1,166 @@
+"""Tables of the book, made of run records: nothing here is typed.
+
+A metric that a record does not have, since it was added later, is shown as "not measured". One that is not defined for
+the data, as pixel metrics without masks, is shown as a dash.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from vitad.evidence import expected
+from vitad.metrics import METRICS, auroc
+from vitad.runs import Request, committed_seeds
+from vitad.runs.record import Record
+
+NOT_MEASURED, NOT_DEFINED = "not measured", "–"
+
+
+def by_run(records: Sequence[Record]) -> pd.DataFrame:
+    """One line a run: what was run, its metrics and its minutes."""
+    rows = [
+        {
+            "method": r["method"],
+            "data": _data(r),
+            "preset": ", ".join([r["preset"], *(f"{k}={v}" for k, v in r["overrides"].items() if k != "image_size")]),
+            "px": r["protocol"]["image_size"][0],
+            "seed": r["seed"],
+            **{title: r["metrics"].get(metric) for metric, title in METRICS.items()},
+            "minutes": sum(r["timings"][k] for k in ("load_s", "prepare_s", "train_s", "score_s")) / 60,
+        }
+        for r in records
+    ]
+    columns = ["method", "data", "preset", "px", "seed", *METRICS.values(), "minutes"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def over_seeds(records: Sequence[Record]) -> pd.DataFrame:
+    """One line for each set of runs that differ in the seed only: number of seeds, mean and standard deviation.
+
+    A single seed has no spread and shows none.
+    """
+    keys = ["data", "method", "preset", "px"]
+    frame = by_run(records)
+    frame["settings"] = [json.dumps([r["settings"], r["weights"]], sort_keys=True) for r in records]
+    rows = []
+    for key, members in frame.groupby([*keys, "settings"]).groups.items():
+        metrics = [records[i]["metrics"] for i in members]
+        rows.append(dict(zip(keys, key, strict=False)) | {"seeds": len(metrics)} | _means(metrics))
+    return pd.DataFrame(rows, columns=[*keys, "seeds", *METRICS.values()])
+
+
+def by_category(records: Iterable[Record]) -> pd.DataFrame:
+    """One line for each category and kind of run: its metrics, mean and standard deviation over seeds.
+
+    A run over one category stands beside those that one model of all categories gives.
+    """
+    groups: dict[tuple[str, str, str], list[dict]] = {}
+    for r in records:
+        trained_on = "/".join(filter(None, (r["dataset"], r["category"])))
+        for category, metrics in r.get("metrics_by_category", {trained_on: r["metrics"]}).items():
+            groups.setdefault((category, r["method"], trained_on), []).append(metrics)
+    index = pd.MultiIndex.from_tuples(groups, names=["category", "method", "trained on"])
+    return pd.DataFrame([{"seeds": len(m)} | _means(m) for m in groups.values()], index=index)
+
+
+def by_defect(records: Iterable[Record], category: str | None = None) -> pd.DataFrame:
+    """Image AUROC of each kind of defect against all good images, mean and standard deviation over seeds.
+
+    From `scores.csv` beside the records; runs without one are left out. Of runs over several categories only the
+    images of `category`, their first folder, are counted, or all.
+    """
+    rows = []
+    for r in records:
+        if not (path := r["folder"] / "scores.csv").exists():
+            continue
+        scores = pd.read_csv(path)
+        if category and "metrics_by_category" in r:
+            scores = scores[scores["image"].str.startswith(f"{category}/")]
+        for kind in sorted(set(scores["defect"][scores["label"] == 1])):
+            part = scores[(scores["label"] == 0) | (scores["defect"] == kind)]
+            value = auroc(part["score"].to_numpy(), part["label"].to_numpy(bool))
+            rows.append({"method": r["method"], "px": r["protocol"]["image_size"][0], "defect": kind, "value": value})
+    columns = ["method", "px", "defect", "value"]
+    groups = pd.DataFrame(rows, columns=columns).groupby(columns[:3])["value"]
+    return groups.agg(_mean_and_spread).unstack("defect")
+
+
+def across_splits(records: Sequence[Record], honest: str, other: str) -> pd.DataFrame:
+    """What another split does to each method: image AUROC on both (mean over seeds), and the gain."""
+    frame = by_run(records).assign(split=[r["split"] for r in records])
+    means = frame.pivot_table("image AUROC", ["method", "preset", "px"], "split")
+    means = means.reindex(columns=[honest, other]).dropna().round(3)
+    return means.assign(gain=(means[other] - means[honest]).round(3)).reset_index().rename_axis(columns=None)
+
+
+def ablation(
+    variants: Mapping[str, Sequence[Record]], printed: Mapping[str, Mapping[str, float]] | None = None
+) -> pd.DataFrame:
+    """One line a variant: number of seeds, mean and standard deviation of each metric.
+
+    Parameters
+    ----------
+    variants : {name: records of its seeds}.
+    printed : {name: {metric: percent}} as the paper prints it, shown beside.
+    """
+    rows = {}
+    for name, records in variants.items():
+        rows[name] = {"seeds": len(records)}
+        for metric, title in METRICS.items():
+            rows[name] |= _means([r["metrics"] for r in records], metric)
+            if printed and metric in printed.get(name, {}):
+                rows[name][f"{title}, printed"] = f"{printed[name][metric] / 100:.3f}"
+    return pd.DataFrame(rows).T
+
+
+def expectation(request: Request) -> pd.DataFrame:
+    """How a paper's chapter opens: the command, the metrics to expect with their tolerance, the time, the hardware.
+
+    Only committed runs of the same request count.
+    """
+    same = committed_seeds(request)
+    rows = {"command": " ".join(request.command(f"runs/{request.method}"))}
+    for metric, title in METRICS.items():
+        mean, tolerance, n = expected(same, metric)
+        rows[title] = f"{mean:.3f} ± {tolerance:.3f} ({n} seeds)" if n else "never run so far"
+    if same:
+        machine = same[0]["environment"]
+        rows["time"] = f"{by_run(same)['minutes'].mean():.1f} min"
+        rows["hardware"] = f"{machine['device']}, {machine['device_name']}, {machine['threads']} thread(s)"
+    return pd.DataFrame({"": rows})
+
+
+def markdown(frame: pd.DataFrame) -> str:
+    """A DataFrame as a Markdown table, without its index."""
+    cells = [
+        [f"{cell:.3f}" if isinstance(cell, float) else str(cell).replace("|", "\\|") for cell in row]
+        for row in frame.to_numpy(object)
+    ]
+    rows = [list(frame.columns), ["---"] * len(frame.columns), *cells]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows).replace(" ± ", "\u00a0±\u00a0")
+
+
+def _data(record: Record) -> str:
+    return " ".join(filter(None, (record["dataset"], record["category"], record["split"])))
+
+
+def _means(metrics: Sequence[Mapping[str, Any]], *names: str) -> dict[str, str]:
+    """{title: mean and spread} of all metrics, or of those named, over records' `metrics`."""
+    return {
+        METRICS[name]: _mean_and_spread([m[name] for m in metrics])
+        if all(name in m for m in metrics)
+        else NOT_MEASURED
+        for name in names or METRICS
+    }
+
+
+def _mean_and_spread(values: Sequence[float | None]) -> str:
+    if any(v is None for v in values):
+        return NOT_DEFINED
+    spread = f" ± {np.std(list(values), ddof=1):.3f}" if len(values) > 1 else ""
+    return f"{np.mean(list(values)):.3f}{spread}"
