@@ -2,7 +2,7 @@
 
 import pytest
 
-from vitad.data import toy
+from vitad.data.sets import toy
 
 
 @pytest.fixture(scope="session")

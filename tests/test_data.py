@@ -15,8 +15,9 @@ from scipy.ndimage import binary_dilation, label
 from torch.utils.data import DataLoader
 
 from vitad import data
-from vitad.data import mt, samples, toy
+from vitad.data import samples
 from vitad.data.samples import ImageSet, Record
+from vitad.data.sets import mt, toy
 from vitad.errors import UserError
 
 
@@ -66,7 +67,7 @@ class TestToy:
         if not extensions:
             pytest.skip("this processor has no extensions that NumPy could leave out")
         code = (
-            "import pathlib; from vitad.data import toy; toy.N_TRAIN, toy.N_GOOD, toy.N_DEFECT = 12, 4, 2;"
+            "import pathlib; from vitad.data.sets import toy; toy.N_TRAIN, toy.N_GOOD, toy.N_DEFECT = 12, 4, 2;"
             f"toy.generate(pathlib.Path({str(tmp_path)!r}), 0, (*toy.DEFECTS, 'quirks'))"
         )
         env = os.environ | {"NPY_DISABLE_CPU_FEATURES": " ".join(extensions)}
@@ -222,7 +223,7 @@ class TestSamples:
             data.load("toy", toy_root, image_size=size)
 
     def test_a_large_set_is_decoded_once_into_a_cache_file(self, toy_root, cache, monkeypatch):
-        records = data.find("toy", toy_root, "weave")[4]
+        records = data.find("toy", toy_root, "weave").test
         in_memory = ImageSet(records, toy_root, 32)
         assert not cache.exists()
         on_disk = ImageSet(records, toy_root, 32, limit=1000)
@@ -253,7 +254,7 @@ class TestSamples:
         assert colours == [[1, 0, 0], [0, 0, 1]]
 
     def test_a_set_with_gaps_leaves_no_cache_file(self, toy_root, cache, tmp_path):
-        good = data.find("toy", toy_root, "weave")[3][:3]
+        good = data.find("toy", toy_root, "weave").train[:3]
         bad = tmp_path / "bad.png"
         bad.write_bytes(good[0].path.read_bytes()[:2000])
         records = [good[0], Record(bad, 0, "good"), *good[1:]]
@@ -353,7 +354,7 @@ class TestMagneticTiles:
             mt.tiles(["photo.jpg"])
 
     def test_no_tile_lies_on_both_sides_of_the_grouped_split(self, tiles_root):
-        train, test = mt.records(tiles_root, "grouped")
+        train, test = mt.DATASET.records(tiles_root, split="grouped")
         good = [r for r in test if r.label == 0]
         groups = mt.tiles(names(train) + names(good))
         assert len(groups) == N_TILES
@@ -363,13 +364,13 @@ class TestMagneticTiles:
 
     @pytest.mark.parametrize("split", mt.SPLITS)
     def test_every_split_tests_all_defects_and_uses_each_good_image_once(self, tiles_root, split):
-        train, test = mt.records(tiles_root, split)
+        train, test = mt.DATASET.records(tiles_root, split=split)
         everything = sorted(p.name for p in (tiles_root / "MT_Free" / "Imgs").glob("*.jpg"))
         assert sorted(names(train) + names(r for r in test if r.label == 0)) == everything
         assert {r.label for r in train} == {0}
         assert Counter(r.defect for r in test if r.label) == dict.fromkeys(mt.KINDS, 2)
         assert all(r.mask == r.path.with_suffix(".png") for r in test if r.label)
-        assert mt.records(tiles_root, split) == (train, test)
+        assert mt.DATASET.records(tiles_root, split=split) == (train, test)
 
     def test_the_split_depends_on_names_only(self, tiles_root, tmp_path):
         """The same names elsewhere, made in another order, with other bytes."""
@@ -377,24 +378,26 @@ class TestMagneticTiles:
             (tmp_path / path.relative_to(tiles_root)).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / path.relative_to(tiles_root)).touch()
         for split in ("grouped", "mala100"):
-            for here, there in zip(mt.records(tiles_root, split), mt.records(tmp_path, split), strict=True):
+            for here, there in zip(
+                mt.DATASET.records(tiles_root, split=split), mt.DATASET.records(tmp_path, split=split), strict=True
+            ):
                 assert names(here) == names(there)
 
     def test_mala100_takes_a_hundred(self, tiles_root):
-        train, _ = mt.records(tiles_root, "mala100")
+        train, _ = mt.DATASET.records(tiles_root, split="mala100")
         assert len(train) == 100
         assert len(mt.tiles(names(train))) > 30  # spread over the tiles, not the first ones
 
     def test_differnet_follows_its_list(self, tiles_root, monkeypatch):
         listed = (tiles_root / mt.DIFFERNET_LIST).read_text().split()
-        assert sorted(names(mt.records(tiles_root, "differnet")[0])) == sorted(listed)
+        assert sorted(names(mt.DATASET.records(tiles_root, split="differnet")[0])) == sorted(listed)
         monkeypatch.setattr(mt, "DIFFERNET_LIST", "no-such-list.txt")
         with pytest.raises(UserError, match="needs .*no-such-list.txt.*--split grouped"):
-            mt.records(tiles_root, "differnet")
+            mt.DATASET.records(tiles_root, split="differnet")
         (tiles_root / "strange.txt").write_text("\n".join([*listed, "exp1_num_1.jpg"]))
         monkeypatch.setattr(mt, "DIFFERNET_LIST", "strange.txt")
         with pytest.raises(UserError, match=r"strange.txt lists exp1_num_1.jpg, which is not in MT_Free"):
-            mt.records(tiles_root, "differnet")
+            mt.DATASET.records(tiles_root, split="differnet")
 
     def test_load_reads_images_and_masks_that_lie_side_by_side(self, tiles_root, monkeypatch):
         monkeypatch.setenv("VITAD_MT_ROOT", str(tiles_root))
@@ -412,13 +415,13 @@ class TestMagneticTiles:
             (tmp_path / path.relative_to(tiles_root)).touch()
         (tmp_path / "MT_Fray/Imgs/exp1_num_900.png").unlink()
         with pytest.raises(UserError, match=re.escape(str(tmp_path / "MT_Fray/Imgs/exp1_num_900.png"))):
-            mt.records(tmp_path, "grouped")
+            mt.DATASET.records(tmp_path, split="grouped")
 
 
 @pytest.fixture(scope="module")
 def splits():
     """{split: (train, test)} of the real magnetic tiles."""
-    return {split: data.find("mt", split=split)[3:] for split in mt.SPLITS}
+    return {split: (found.train, found.test) for split in mt.SPLITS for found in [data.find("mt", split=split)]}
 
 
 @pytest.mark.skipif("VITAD_MT_ROOT" not in os.environ, reason="needs the real data set: VITAD_MT_ROOT is not set")

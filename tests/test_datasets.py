@@ -13,11 +13,12 @@ from PIL import Image
 
 from vitad import data
 from vitad.cli import main
-from vitad.data import btad, dtd, ksdd2, mt, mvtec, verify, visa
+from vitad.data import verify
+from vitad.data.sets import visa
 from vitad.errors import UserError
 from vitad.reported import table
 
-MODULES = {"mvtec": mvtec, "btad": btad, "visa": visa, "ksdd2": ksdd2, "dtd": dtd}
+EVERY = data.DATASETS | data.TEXTURE_SETS
 
 
 @pytest.fixture(scope="module")
@@ -38,9 +39,9 @@ def own(whole, tmp_path):
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     """The trees are taken for the whole data sets when they are counted, not where categories are looked up."""
-    real = {name: module.PUBLISHED for name, module in MODULES.items()}
-    for name, module in MODULES.items():
-        monkeypatch.setattr(module, "PUBLISHED", trees.COUNTS[name])
+    real = {name: EVERY[name].published for name in trees.COUNTS}
+    for name, counts in trees.COUNTS.items():
+        monkeypatch.setattr(EVERY[name], "published", counts)
     return real
 
 
@@ -72,7 +73,7 @@ def test_the_counts_add_up_to_the_published_totals(small):
     assert totals(small["visa"]) == (8659, 962, 1200) and len(small["visa"]) == 12
     assert totals(small["ksdd2"]) == (2085, 894, 110) and small["ksdd2"]["ksdd2"]["train", "defect"] == 246
     assert sum(small["dtd"][None].values()) == 47 * 120
-    assert sum(mt.PUBLISHED[None].values()) == 952 + 392
+    assert sum(EVERY["mt"].published[None].values()) == 952 + 392
 
 
 def test_the_counts_of_mvtec_are_those_that_a_paper_prints(small):
@@ -105,20 +106,20 @@ def test_the_counts_of_mvtec_are_those_that_a_paper_prints(small):
     ],
 )
 def test_categories_are_named_as_folders_or_as_in_papers(name, category, folder, small, monkeypatch):
-    monkeypatch.setattr(MODULES[name], "PUBLISHED", small[name])
-    assert data.part(name, category) == (folder, None)
+    monkeypatch.setattr(EVERY[name], "published", small[name])
+    assert data.get(name).resolve(category) == (folder, None)
 
 
 def test_unknown_names_are_refused(small, monkeypatch):
-    monkeypatch.setattr(mvtec, "PUBLISHED", small["mvtec"])
+    monkeypatch.setattr(EVERY["mvtec"], "published", small["mvtec"])
     with pytest.raises(UserError, match="unknown category of mvtec 'capsules'. Did you mean 'capsule'"):
-        data.part("mvtec", "capsules")
+        data.get("mvtec").resolve("capsules")
     with pytest.raises(UserError, match="'mvtec' has several categories: bottle, .*zipper. Choose one with --category"):
-        data.part("mvtec")
+        data.get("mvtec").resolve()
     with pytest.raises(UserError, match="'visa' is split by split_csv/1cls.csv, but split '2cls' was given"):
-        data.part("visa", "candle", "2cls")
+        data.get("visa").resolve("candle", "2cls")
     with pytest.raises(UserError, match="'ksdd2' is split by its folders"):
-        data.part("ksdd2", split="official")
+        data.get("ksdd2").resolve(split="official")
     with pytest.raises(UserError, match="'btad' needs its folder: give --data-root"):
         data.find("btad", category="01")
     with pytest.raises(UserError, match="unknown dataset 'dtd'"):  # textures: nothing to train on
@@ -135,7 +136,7 @@ def test_a_wrong_folder_is_refused(name, category, tmp_path):
 
 @pytest.mark.parametrize("name, category", [("mt", None), ("ksdd2", "ksdd2"), ("mvtec", "all"), ("toy", "all")])
 def test_all_categories_of_a_set_without_any_are_the_set(name, category):
-    assert data.part(name, "all")[0] == category
+    assert data.get(name).resolve("all")[0] == category
 
 
 def test_all_categories_of_several_sets_at_once(whole, toy_root, tmp_path):
@@ -154,14 +155,14 @@ def test_all_categories_of_several_sets_at_once(whole, toy_root, tmp_path):
     assert both.train.paths[0].startswith("btad/01/train") and both.train.paths[-1].startswith("ksdd2/train")
     assert len(data.load("toy+btad", tmp_path, image_size=16).train) == 36 + len(split.train)
     with pytest.raises(UserError, match="'mvtec[+]visa' are several data sets, but category 'bottle' was given"):
-        data.part("mvtec+visa", "bottle")
+        data.get("mvtec+visa").resolve("bottle")
     with pytest.raises(UserError, match="unknown dataset 'viso'. Did you mean 'visa'"):
-        data.part("mvtec+viso")
+        data.get("mvtec+viso").resolve()
     with pytest.raises(UserError, match="needs its folder"):
         data.find("mvtec+visa")
-    assert data.part("toy+mt", split="mala100") == ("all", "mala100")
+    assert data.get("toy+mt").resolve(split="mala100") == ("all", "mala100")
     with pytest.raises(UserError, match="split 'mala100' was given"):
-        data.part("toy+visa", split="mala100")
+        data.get("toy+visa").resolve(split="mala100")
 
 
 def test_the_table_of_several_categories_names_them(toy_root, whole):
@@ -217,7 +218,7 @@ def test_btad(product, suffix, marked, whole):
 def test_of_two_masks_with_one_stem_the_png_counts(own):
     root = own("btad")
     trees.mask(root / "01/ground_truth/ko/0025.bmp", 0, (16, 16))
-    _, test = data.find("btad", root, "01")[3:]
+    test = data.find("btad", root, "01").test
     assert test[0].mask.name == "0025.png"
 
 
@@ -302,10 +303,10 @@ def test_ksdd2_without_a_readable_mask_is_refused(own):
 
 def test_a_changed_mask_changes_the_label(own):
     root = own("ksdd2")
-    assert len(data.find("ksdd2", root)[3]) == 4
+    assert len(data.find("ksdd2", root).train) == 4
     trees.mask(root / "train" / "10303_GT.png", 1, (21, 61))
     os.utime(root / "train" / "10303_GT.png", ns=(1, 1))
-    assert len(data.find("ksdd2", root)[3]) == 3
+    assert len(data.find("ksdd2", root).train) == 3
 
 
 @pytest.mark.parametrize("name, category", [("visa", "Candles"), ("ksdd2", None)])

@@ -16,11 +16,11 @@ import pytest
 import trees
 
 from vitad.cli import main
-from vitad.data import btad, download, dtd, ksdd2, mvtec, visa
-from vitad.data.download import SOURCES, unpack
+from vitad.data import DATASETS, TEXTURE_SETS, download
+from vitad.data.download import unpack
 from vitad.errors import UserError
 
-MODULES = {"mvtec": mvtec, "btad": btad, "visa": visa, "ksdd2": ksdd2, "dtd": dtd}
+EVERY = DATASETS | TEXTURE_SETS
 
 
 class Server:
@@ -70,8 +70,8 @@ def server(monkeypatch):
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     """Small trees are taken for the whole data sets."""
-    for name, module in MODULES.items():
-        monkeypatch.setattr(module, "PUBLISHED", trees.COUNTS[name])
+    for name, counts in trees.COUNTS.items():
+        monkeypatch.setattr(EVERY[name], "published", counts)
 
 
 def packed(tree, suffix, top=""):
@@ -99,7 +99,8 @@ def offered(server, tmp_path, monkeypatch):
             content = packed(tmp_path / "tree", suffix, top)
         server.content = content
         checksum = f"{algorithm}:{hashlib.new(algorithm, content).hexdigest()}"
-        monkeypatch.setitem(SOURCES, name, replace(SOURCES[name], url=server.url, checksum=checksum))
+        source = replace(EVERY[name].source, url=server.url, checksum=checksum)
+        monkeypatch.setattr(EVERY[name], "source", source)
         return content
 
     return offer
@@ -160,7 +161,9 @@ def test_the_licence_comes_first_and_has_to_be_accepted(offered, place, server, 
 
 
 def test_every_source_states_a_licence_and_a_page_and_a_checksum_of_the_right_form():
-    for name, source in SOURCES.items():
+    sources = {name: dataset.source for name, dataset in EVERY.items() if dataset.source}
+    assert sources.keys() == EVERY.keys() - {"toy", "folder"}
+    for name, source in sources.items():
         assert source.licence and source.page.startswith("https://")
         if name != "mt":
             algorithm, digest = source.checksum.split(":")
@@ -195,7 +198,7 @@ def test_another_address_serves_the_same_archive(offered, place, server, tmp_pat
 def test_the_tiles_are_cloned(place, capsys):
     """There is no archive of them, and no checksum of one."""
     assert fetch(place / "mt", name="mt") == 2
-    assert f"git clone {SOURCES['mt'].page} {place / 'mt'} && git -C {place / 'mt'} checkout" in line(capsys)
+    assert f"git clone {EVERY['mt'].source.page} {place / 'mt'} && git -C {place / 'mt'} checkout" in line(capsys)
 
 
 # --- on the way -------------------------------------------------------------------------------------------
@@ -257,7 +260,7 @@ def test_another_file_is_recognised_and_deleted(algorithm, offered, place, serve
     said = line(capsys)
     expected, found = (hashlib.new(algorithm, c).hexdigest() for c in (content, server.content))
     assert f"has the {algorithm} {found} instead of {expected}" in said
-    assert "--url" in said and SOURCES["btad"].page in said
+    assert "--url" in said and EVERY["btad"].source.page in said
     assert not list(place.iterdir())
     server.content = content
     assert fetch(place / "btad") == 0

@@ -5,7 +5,7 @@ import csv
 import numpy as np
 from PIL import Image
 
-from vitad.data import visa
+from vitad.data.sets import visa
 
 SIZE = 24, 16  # width and height of an image
 
@@ -115,7 +115,7 @@ def dtd(root):
     (root / "labels" / "train1.txt").write_text("banded/banded_0000.jpg\n")
 
 
-# What the functions above write, in the form of the modules' PUBLISHED.
+# What the functions above write, in the form of `Dataset.published`.
 COUNTS = {
     "mvtec": {
         "metal_nut": {("train", "good"): 3, ("test", "good"): 2, ("test", "bent"): 2, ("test", "flip"): 2},

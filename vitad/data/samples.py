@@ -1,51 +1,63 @@
 """What a sample is, and how image files become tensors.
 
-A *record* names an image file, its mask file and its label. An `ImageSet` decodes its records once, keeps
-them as uint8 and hands out batches. Preparation follows the same steps for every method:
-RGB, both sides resized (bilinear, anti-aliased), no crop; masks nearest neighbour, then `> threshold`.
+A *record* names an image file, its mask file and its label. An `ImageSet` decodes its records once, keeps them as uint8
+and hands out batches. The preparation is the same for every method: RGB, both sides resized (bilinear, anti-aliased),
+no crop; masks by nearest neighbour, then `> threshold`.
 """
 
 import hashlib
 import os
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.utils.data
+from numpy import ndarray
 from PIL import Image
-from torch.utils.data import Dataset
+from torch import Tensor
 from tqdm import tqdm
 
 from vitad.errors import UserError
+from vitad.files import cache_dir
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow raises on broken files
 MEMORY_LIMIT = 4 * 2**30  # bytes of decoded images a set may hold in memory; beyond, a cache file on disk
+UNKNOWN = -1  # the label of an image whose mask would tell it and cannot be read
 
 
-def cache_dir():
-    """Where generated data, converted weights and decoded images are kept (`VITAD_CACHE` moves it)."""
-    return Path(os.environ.get("VITAD_CACHE", Path.home() / ".cache" / "vitad"))
-
-
-def image_files(folder):
-    """Image files of one folder, sorted by name; suffixes in any case."""
+def image_files(folder: Path) -> list[Path]:
+    """Image files of one folder, sorted by name, whatever the case of their suffixes; [] where it does not exist."""
+    if not folder.is_dir():
+        return []
     return sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
 
 
 @dataclass(frozen=True)
 class Record:
+    """An image file of a data set and what is known of it."""
+
     path: Path
-    label: int  # 0 normal, 1 anomalous, from the folder or the split file, never from the mask
+    label: int  # 0 normal, 1 anomalous, from the folder or the split file, never from the mask; `scan` also: UNKNOWN
     defect: str  # "good" or the kind of defect
     mask: Path | None = None  # None: no anomalous pixel (normal images), or no mask known
     category: str = ""  # dataset/category, from `vitad.data.find`
 
 
 @dataclass(frozen=True)
+class LooseMask:
+    """A mask file without its image, as only `Dataset.scan` returns it."""
+
+    mask: Path
+    defect: str
+
+
+@dataclass(frozen=True)
 class Split:
-    """A data set as `load` returns it."""
+    """A data set as `vitad.data.load` returns it."""
 
     name: str
     category: str | None
@@ -54,32 +66,60 @@ class Split:
     test: "ImageSet"
 
 
-class ImageSet(Dataset):
+class ImageSet(torch.utils.data.Dataset):
     """Decoded images of one split.
 
-    Items are dicts `image (3,H,W) float32 in [0,1], mask (1,H,W) bool, label int, path str, defect str`;
-    paths are relative to `root`. `has_masks` is False where no anomalous image has a mask file.
-    `categories` has the key dataset/category of each. `skipped` lists the unreadable files that `skip_bad` left out.
+    Items are dicts `image (3,H,W) float32 in [0,1], mask (1,H,W) bool, label int, path str, defect str`.
+
+    Parameters
+    ----------
+    records : list of Record
+        The images, in this order.
+    root : path
+        The folder to which `paths` are relative.
+    image_size : int or (int, int)
+        Side in px, or (H, W).
+    mask_threshold : int
+        Grey level above which a mask pixel is anomalous.
+    skip_bad : bool
+        Leave unreadable images out instead of raising.
+    limit : int
+        Bytes beyond which the decoded images are kept in a file of the cache.
+
+    Attributes
+    ----------
+    labels, defects, paths, categories : ndarray (N,)
+        Of each image; a category is written dataset/category.
+    has_masks : bool
+        False where no anomalous image has a mask file.
+    skipped : list of str
+        Unreadable files that `skip_bad` left out.
     """
 
-    def __init__(self, records, root, image_size, mask_threshold=0, skip_bad=False, limit=MEMORY_LIMIT):
+    def __init__(
+        self,
+        records: Sequence[Record],
+        root: str | Path,
+        image_size: int | tuple[int, int],
+        mask_threshold: int = 0,
+        skip_bad: bool = False,
+        limit: int = MEMORY_LIMIT,
+    ):
         self.root, self.size = Path(root), check_image_size(image_size)
         self.mask_threshold, self.limit = mask_threshold, limit
         decoded = self._decode(records, skip_bad)
         self.records = [r for r, ok in zip(records, decoded, strict=True) if ok]
-        self.skipped = [
-            r.path.relative_to(self.root).as_posix() for r, ok in zip(records, decoded, strict=True) if not ok
-        ]
+        self.skipped = [self._relative(r) for r, ok in zip(records, decoded, strict=True) if not ok]
         self.labels = np.array([r.label for r in self.records], dtype=np.int64)
         self.defects = np.array([r.defect for r in self.records], dtype=str)
         self.categories = np.array([r.category for r in self.records], dtype=str)
-        self.paths = np.array([r.path.relative_to(self.root).as_posix() for r in self.records], dtype=str)
+        self.paths = np.array([self._relative(r) for r in self.records], dtype=str)
         self.has_masks = any(r.mask for r in self.records)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, i):
+    def __getitem__(self, i: int) -> dict:
         batch = self.batch([i])
         return {
             "image": batch["image"][0],
@@ -89,49 +129,57 @@ class ImageSet(Dataset):
             "defect": str(self.defects[i]),
         }
 
-    def batch(self, indices, device="cpu"):
-        """`image (B,3,H,W) float32`, `mask (B,1,H,W) bool` and `label (B,)` of the given samples on `device`.
+    def batch(self, indices: Sequence[int] | ndarray, device: str | torch.device = "cpu") -> dict[str, Tensor]:
+        """The samples of the given indices, on `device`.
 
-        Also `index (B,)`, which samples they are, on the host: for methods that keep something for each image.
+        Returns
+        -------
+        dict
+            `image (B,3,H,W) float32`, `mask (B,1,H,W) bool`, `label (B,)`, and `index (B,)`, which stays on the CPU:
+            the indices themselves, for methods that keep something for each image.
         """
-        indices = np.asarray(indices)
-        image = torch.from_numpy(self._images[indices]).to(device, non_blocking=True)
+        chosen = np.asarray(indices)
+        image = torch.from_numpy(self._images[chosen]).to(device, non_blocking=True)
         return {
             "image": image.float().div_(255).expand(-1, 3, -1, -1),
-            "mask": torch.from_numpy(self._masks[indices]).to(device, non_blocking=True)[:, None],
-            "label": torch.from_numpy(self.labels[indices]).to(device, non_blocking=True),
-            "index": torch.from_numpy(indices),
+            "mask": torch.from_numpy(self._masks[chosen]).to(device, non_blocking=True)[:, None],
+            "label": torch.from_numpy(self.labels[chosen]).to(device, non_blocking=True),
+            "index": torch.from_numpy(chosen),
         }
 
     @property
-    def masks(self):
+    def masks(self) -> ndarray:
         """All masks, (N,H,W) bool."""
         return self._masks
 
-    def _decode(self, records, skip_bad):
-        """Fill `_images` (N,C,H,W) uint8 and `_masks` (N,H,W) bool; tell which records could be read."""
+    def _relative(self, record: Record) -> str:
+        return record.path.relative_to(self.root).as_posix()
+
+    def _decode(self, records: Sequence[Record], skip_bad: bool) -> list[bool]:
+        """Fill `_images` (N,C,H,W) uint8 and `_masks` (N,H,W) bool; return which records could be read."""
         H, W = self.size
         grey = all(_is_grey(r.path) for r in records)  # grey sets are kept in one channel
         shape = (len(records), 1 if grey else 3, H, W)
-        path, aside, image_of = None, None, None
+        cached, temporary = None, None
+        target: ndarray | None = None  # what the images are decoded into; None where all are in the cache
         if int(np.prod(shape)) > self.limit:
-            path = self._cache_file(records, shape)
-        if path and path.exists():
-            self._images = np.load(path, mmap_mode="r")
-        elif path:
-            aside = path.with_suffix(f".{os.getpid()}.tmp")
-            image_of = _new_file(aside, shape)
+            cached = self._cache_file(records, shape)
+        if cached and cached.exists():
+            self._images = np.load(cached, mmap_mode="r")
+        elif cached:
+            temporary = cached.with_suffix(f".{os.getpid()}.tmp")
+            target = _new_file(temporary, shape)
         else:
-            image_of = self._images = np.empty(shape, np.uint8)
+            target = self._images = np.empty(shape, np.uint8)
         self._masks = np.zeros((len(records), H, W), bool)
 
-        def one(i):
+        def decode_one(i: int) -> bool:
             record = records[i]
             try:
                 with Image.open(record.path) as image:
                     natural = image.size
-                    if image_of is not None:
-                        image_of[i] = _to_uint8(image, "L" if grey else "RGB", (W, H))
+                    if target is not None:
+                        target[i] = _to_uint8(image, "L" if grey else "RGB", (W, H))
             except UNREADABLE as e:
                 if skip_bad:
                     return False
@@ -139,48 +187,50 @@ class ImageSet(Dataset):
                     f"cannot read image {record.path}: {e}. Replace it, or leave it out with --skip-bad."
                 ) from e
             if record.mask:
-                self._masks[i] = self._read_mask(record, natural)
+                self._masks[i] = self._read_mask(record.path, record.mask, natural)
             return True
 
         try:
             few, decoded = len(records) < 200, []
             with ThreadPoolExecutor() as pool, tqdm(total=len(records), desc="decode", leave=False, disable=few) as bar:
-                for ok in pool.map(one, range(len(records))):
+                for ok in pool.map(decode_one, range(len(records))):
                     decoded.append(ok)
                     bar.update()
-            if aside and all(decoded):
-                image_of.flush()
-                os.replace(aside, path)
-                self._images = np.load(path, mmap_mode="r")
-            elif aside:  # a cache that holds gaps must not be found again
-                self._images = image_of
+            if cached and temporary and isinstance(target, np.memmap):
+                if all(decoded):
+                    target.flush()
+                    os.replace(temporary, cached)
+                    self._images = np.load(cached, mmap_mode="r")
+                else:  # a file with gaps must not be found by a later call
+                    self._images = target
         finally:
-            if aside:
-                aside.unlink(missing_ok=True)
+            if temporary:
+                temporary.unlink(missing_ok=True)
         if not all(decoded):
             self._images, self._masks = self._images[decoded], self._masks[decoded]
         return decoded
 
-    def _read_mask(self, record, natural):
+    def _read_mask(self, path: Path, mask_path: Path, natural: tuple[int, int]) -> ndarray:
+        """(H,W) bool of the mask of an image whose file is `natural` (width, height) px."""
         try:
-            with Image.open(record.mask) as mask:
+            with Image.open(mask_path) as mask:
                 if mask.size != natural:
                     raise UserError(
-                        f"mask {record.mask} is {mask.size[0]}x{mask.size[1]} but its image "
-                        f"{record.path.name} is {natural[0]}x{natural[1]}. Make them the same size."
+                        f"mask {mask_path} is {mask.size[0]}x{mask.size[1]} but its image "
+                        f"{path.name} is {natural[0]}x{natural[1]}. Make them the same size."
                     )
                 small = one_channel(mask).resize(self.size[::-1], Image.Resampling.NEAREST)
                 return np.asarray(small) > self.mask_threshold
         except UNREADABLE as e:
-            raise UserError(f"cannot read mask {record.mask}: {e}. Replace it, or remove it and its image.") from e
+            raise UserError(f"cannot read mask {mask_path}: {e}. Replace it, or remove it and its image.") from e
 
-    def _cache_file(self, records, shape):
+    def _cache_file(self, records: Sequence[Record], shape: tuple[int, ...]) -> Path:
         stats = [(str(r.path), r.path.stat().st_size, r.path.stat().st_mtime_ns) for r in records]
         key = hashlib.sha256(repr((stats, shape)).encode()).hexdigest()[:24]
         return cache_dir() / "images" / f"{key}.npy"
 
 
-def _new_file(path, shape):
+def _new_file(path: Path, shape: tuple[int, ...]) -> np.memmap:
     """Array of uint8 in a new file.
 
     Its space is claimed at once, since a disk that fills up while the array is written would kill the process.
@@ -201,20 +251,20 @@ def _new_file(path, shape):
         ) from e
 
 
-def one_channel(mask):
+def one_channel(mask: Image.Image) -> Image.Image:
     """The mask with one level a pixel, of 8 bits or more; what is not 0 is anomalous."""
     return mask if mask.mode in ("L", "I;16", "I") else mask.convert("L")
 
 
-def check_image_size(size):
-    """`size` as (H, W); an int means a square."""
+def check_image_size(size: int | tuple[int, int]) -> tuple[int, int]:
+    """`size` as (H, W) in px; an int means a square. Raises `UserError` for what is not from 8 to 4096."""
     pair = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
-    if len(pair) != 2 or not all(isinstance(s, int) and 8 <= s <= 4096 for s in pair):
+    if len(pair) != 2 or not all(isinstance(side, int) and 8 <= side <= 4096 for side in pair):
         raise UserError(f"image size {size!r} is not usable. Give a side in pixels from 8 to 4096.")
     return pair
 
 
-def _is_grey(path):
+def _is_grey(path: Path) -> bool:
     try:
         with Image.open(path) as image:
             return image.mode in ("L", "1", "I", "I;16", "LA")
@@ -222,8 +272,8 @@ def _is_grey(path):
         return True  # unreadable files are reported when they are decoded
 
 
-def _to_uint8(image, mode, size):
-    """Array (C,H,W) of the resized image; 16-bit greys are scaled to 8 bits instead of clipped."""
+def _to_uint8(image: Image.Image, mode: str, size: tuple[int, int]) -> ndarray:
+    """Array (C,H,W) of the image resized to (width, height); 16-bit greys are scaled to 8 bits instead of clipped."""
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image) // 257).clip(0, 255).astype(np.uint8))
     image = image.convert(mode).resize(size, Image.Resampling.BILINEAR)

@@ -2,19 +2,21 @@
 
 import hashlib
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from io import BytesIO
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from vitad.data import LAYOUTS, dtd, folder, locate
-from vitad.data.samples import IMAGE_SUFFIXES, UNREADABLE, one_channel
+from vitad.data import ALL, DATASETS, TEXTURE_SETS
+from vitad.data.dataset import Dataset, Scan
+from vitad.data.samples import IMAGE_SUFFIXES, UNREADABLE, LooseMask, Record, one_channel
 from vitad.errors import UserError, unknown
 
-VERIFIABLE = LAYOUTS | {"dtd": dtd}
 NONE_EXPECTED = (
     "unreadable files",
     "masks without an image",
@@ -24,20 +26,31 @@ NONE_EXPECTED = (
 )
 
 
+CountRow = tuple[str, str, str, int | None, int]
+
+
 @dataclass(frozen=True)
 class Report:
     """What `verify` found; `str` gives it as a table.
 
-    `counts`: rows (category, part, kind, published, found). `checks`: {what: (expected, names of the files)}. A number
-    that nobody has published is None; it is shown and compared with nothing.
+    A number that nobody has published is None; it is shown and compared with nothing.
+
+    Attributes
+    ----------
+    title : str
+        The data set, the category if only one was checked, and the folder.
+    counts : list of tuple
+        Rows (category, part, kind, published number of images, number found).
+    checks : dict
+        `{check: (expected number of files, names of the files found)}`.
     """
 
     title: str
-    counts: list
-    checks: dict = field(default_factory=dict)
+    counts: list[CountRow]
+    checks: dict[str, tuple[int | None, list[str]]] = field(default_factory=dict)
 
     @property
-    def differences(self):
+    def differences(self) -> list[str]:
         """Lines that say what is not as it should be; [] where all is well."""
         counts = [
             f"{' '.join(filter(None, (category, part, kind)))}: {found} images, {published or 'none'} published"
@@ -45,113 +58,167 @@ class Report:
             if published not in (None, found)
         ]
         checks = [
-            f"{what}: {len(names)}, expected {expected}"
-            for what, (expected, names) in self.checks.items()
+            f"{check}: {len(names)}, expected {expected}"
+            for check, (expected, names) in self.checks.items()
             if expected not in (None, len(names))
         ]
         return counts + checks
 
-    def __str__(self):
-        total = [
-            None if None in column else sum(column) for column in zip(*(row[3:] for row in self.counts), strict=True)
-        ]
-        rows = [("category", "part", "kind", "published", "found", ""), *map(_marked, self.counts)]
-        lines = [self.title, *_aligned([*rows, _marked(("total", "", "", *total))])]
+    def __str__(self) -> str:
+        published = [row[3] for row in self.counts]
+        total = None if None in published else sum(n for n in published if n is not None)
+        rows = [("category", "part", "kind", "published", "found", "")]
+        rows += [(*row[:3], *_compared(row[3], row[4])) for row in self.counts]
+        rows += [("total", "", "", *_compared(total, sum(row[4] for row in self.counts)))]
+        lines = [self.title, *_aligned(rows)]
         if self.checks:
-            rows = [("check", "expected", "found", "")]
-            for what, (expected, names) in self.checks.items():
+            table = [("check", "expected", "found", "")]
+            for check, (expected, names) in self.checks.items():
                 few = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-                rows.append((*_marked((what, expected, len(names)))[:3], few))
-            lines += ["", *_aligned(rows)]
-        return "\n".join(lines + ["", *(self.differences or ["as it should be"])])
+                table.append((check, *_compared(expected, len(names))[:2], few))
+            lines += ["", *_aligned(table)]
+        return "\n".join([*lines, "", *(self.differences or ["as it should be"])])
 
 
-def count(name, root=None):
-    """`Report` of the numbers of images alone, which takes seconds."""
-    root, found = _scan(name, root)
-    published = VERIFIABLE[name].PUBLISHED
-    rows = []
-    for category, parts in found.items():
-        here = Counter(
-            (part, r.defect) for part, records in parts.items() for r in records if r.path and r.path.is_file()
-        )
-        there = published.get(category, {})
-        for part, kind in [*there, *(key for key in here if key not in there)]:
-            rows.append((category or "", part, kind, there.get((part, kind), 0 if there else None), here[part, kind]))
-    return Report(f"{name} in {root}", rows)
+def count(name: str, root: str | Path | None = None, category: str | None = None) -> Report:
+    """`Report` of the numbers of images alone, which takes seconds; parameters as in `verify`."""
+    dataset, folder, scans = _scan(name, root, category)
+    return Report(_title(dataset, folder, scans), _count_rows(dataset, scans))
 
 
-def verify(name, root=None):
-    """Read every file of a data set; returns a `Report`.
+def verify(name: str, root: str | Path | None = None, category: str | None = None) -> Report:
+    """Read every file of a data set and compare it with what is published.
 
-    Expected numbers are the published ones. Unreadable files, pairs that do not match and wrong counts are always
-    differences; empty masks and byte-identical images only where their number is known, else they are only shown.
+    Unreadable files, pairs that do not match and wrong counts are always differences; empty masks and byte-identical
+    images only where their number is known, else they are only shown.
+
+    Parameters
+    ----------
+    name : str
+        One of `DATASETS` or `TEXTURE_SETS`.
+    root : path, optional
+        Its folder, by default as in `vitad.data.load`.
+    category : str, optional
+        Check this one alone; by default all, and those that are missing are differences.
+
+    Raises
+    ------
+    UserError
+        For an unknown name or category, and for a folder that does not exist or holds no images.
     """
-    root, found = _scan(name, root)
-    records = [r for parts in found.values() for part in parts.values() for r in part]
-    paths = sorted({p for r in records for p in (r.path, r.mask) if p})
+    dataset, root, scans = _scan(name, root, category)
+    entries = {one: [entry for part in scan.values() for entry in part] for one, scan in scans.items()}
+    records = [r for of_category in entries.values() for r in of_category if isinstance(r, Record)]
+    loose = [m.mask for of_category in entries.values() for m in of_category if isinstance(m, LooseMask)]
+    paths = sorted({r.path for r in records} | {r.mask for r in records if r.mask} | set(loose))
     with ThreadPoolExecutor() as pool:
-        looks = dict(
-            zip(paths, tqdm(pool.map(_look, paths), "read", len(paths), unit="file", leave=False), strict=True)
-        )
+        bar = tqdm(pool.map(_look, paths), "read", len(paths), unit="file", leave=False)
+        looks = dict(zip(paths, bar, strict=True))
 
-    bare = []
-    for parts in found.values():
-        here = [r for part in parts.values() for r in part]
-        if VERIFIABLE[name].PUBLISHED or any(r.mask for r in here):  # a user's own images need no masks
-            bare += [r.path for r in here if r.path and r.label != 0 and r.mask is None]
-    pairs = [r for r in records if r.path and r.mask and looks[r.path] and looks[r.mask]]
-    copies = {}
+    without_mask = []
+    for of_category in entries.values():
+        if dataset.published or any(entry.mask for entry in of_category):  # a user's own images need no masks
+            bare = [r for r in of_category if isinstance(r, Record) and r.mask is None]
+            without_mask += [r.path for r in bare if r.label != 0]
+    pairs = [
+        (r, mask, image_look, mask_look)
+        for r in records
+        if (mask := r.mask) and (image_look := looks[r.path]) and (mask_look := looks[mask])
+    ]
+    copies: dict[bytes, set[Path]] = {}
     for r in records:
-        if r.path and looks[r.path]:
-            copies.setdefault(looks[r.path].digest, []).append(r.path)
-    groups = [sorted(set(group)) for group in copies.values()]
-    used = set(paths)
+        if look := looks[r.path]:
+            copies.setdefault(look.digest, set()).add(r.path)
 
-    def names(chosen):
-        return [p.relative_to(root).as_posix() for p in sorted(chosen)]
+    def names(files: Iterable[Path]) -> list[str]:
+        return [p.relative_to(root).as_posix() for p in sorted(files)]
 
     checks = {
         "unreadable files": names(p for p, look in looks.items() if look is None),
-        "masks without an image": names(r.mask for r in records if r.path is None),
-        "images without a mask": names(bare),
+        "masks without an image": names(loose),
+        "images without a mask": names(without_mask),
         "masks of another size than the image": names(
-            r.mask for r in pairs if looks[r.path].size != looks[r.mask].size
+            mask for _, mask, image_look, mask_look in pairs if image_look.size != mask_look.size
         ),
-        "good images whose mask marks something": names(r.path for r in pairs if r.label == 0 and looks[r.mask].marked),
-        "empty masks": names(r.mask for r in pairs if r.label and not looks[r.mask].marked),
-        "duplicate images": [" = ".join(names(group)) for group in groups for _ in group[1:]],
-        "image files left out": names(
-            p for p in root.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file() and p not in used
+        "good images whose mask marks something": names(
+            r.path for r, *_, look in pairs if r.label == 0 and look.marked
         ),
+        "empty masks": names(mask for r, mask, _, look in pairs if r.label and not look.marked),
+        "duplicate images": [" = ".join(names(group)) for group in copies.values() for _ in range(len(group) - 1)],
+        "image files left out": names(_image_files_below(dataset, root, scans) - set(paths)),
     }
-    known = dict.fromkeys(NONE_EXPECTED, 0) | VERIFIABLE[name].KNOWN
-    counts = count(name, root)
-    return Report(counts.title, counts.counts, {what: (known.get(what), found) for what, found in checks.items()})
+    expected = dict.fromkeys(NONE_EXPECTED, 0) | dict(dataset.known)
+    return Report(
+        _title(dataset, root, scans),
+        _count_rows(dataset, scans),
+        {check: (expected.get(check), files) for check, files in checks.items()},
+    )
 
 
-def _scan(name, root):
-    """(root, {category: {part: records}})."""
-    if name not in VERIFIABLE:
-        raise unknown("dataset", name, VERIFIABLE)
-    root, layout = locate(name, root), VERIFIABLE[name]
-    if not root.is_dir():
-        raise UserError(f"data folder {root} does not exist. Check --root.")
-    categories = list(layout.PUBLISHED) or folder.categories(root) or [None]
-    found = {category: layout.scan(root, category) for category in categories}
-    if not layout.PUBLISHED and not any(records for parts in found.values() for records in parts.values()):
-        raise UserError(f"{root} holds no images in train/good or test/<kind>, of itself or of its folders.")
-    return root, found
+def _scan(name: str, root: str | Path | None, category: str | None) -> tuple[Dataset, Path, dict[str | None, Scan]]:
+    """The data set, its folder, and what is there of each category to check."""
+    datasets = DATASETS | TEXTURE_SETS
+    if name not in datasets:
+        raise unknown("dataset", name, datasets)
+    dataset = datasets[name]
+    if category is not None:
+        category, _ = dataset.resolve(category)
+    folder = dataset.locate(root)
+    if not folder.is_dir():
+        raise UserError(f"data folder {folder} does not exist. Check --root.")
+    categories = dataset.categories(folder)
+    if category not in (None, ALL):
+        if categories == [None]:
+            raise UserError(f"{folder} holds no categories, but category '{category}' was given. Leave it out.")
+        if category not in categories:
+            raise unknown(f"category in {folder}:", category, categories)
+        categories = [category]
+    scans = {one: dataset.scan(folder, one) for one in categories}
+    if not dataset.published and not any(files for scan in scans.values() for files in scan.values()):
+        raise UserError(f"{folder} holds no images in train/good or test/<kind>, of itself or of its folders.")
+    return dataset, folder, scans
+
+
+def _title(dataset: Dataset, root: Path, scans: dict[str | None, Scan]) -> str:
+    category = _only_category(dataset, root, scans)
+    return f"{dataset.name}{f' {category}' if category else ''} in {root}"
+
+
+def _only_category(dataset: Dataset, root: Path, scans: dict[str | None, Scan]) -> str | None:
+    """The category that is checked, where the data set has others; None where all are checked."""
+    return next(iter(scans)) if len(scans) < len(dataset.categories(root)) else None
+
+
+def _count_rows(dataset: Dataset, scans: dict[str | None, Scan]) -> list[CountRow]:
+    rows: list[CountRow] = []
+    for category, scan in scans.items():
+        found = Counter(
+            (part, r.defect)
+            for part, files in scan.items()
+            for r in files
+            if isinstance(r, Record) and r.path.is_file()
+        )
+        published = dataset.published.get(category, {})
+        for part, kind in [*published, *(key for key in found if key not in published)]:
+            expected = published.get((part, kind), 0) if published else None
+            rows.append((category or "", part, kind, expected, found[part, kind]))
+    return rows
+
+
+def _image_files_below(dataset: Dataset, root: Path, scans: dict[str | None, Scan]) -> set[Path]:
+    """All image files of the data set, or of the only category that is checked."""
+    base = root / (_only_category(dataset, root, scans) or "")
+    return {p for p in base.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file()}
 
 
 @dataclass(frozen=True)
 class _Look:
     digest: bytes
-    size: tuple
+    size: tuple[int, int]
     marked: bool  # any pixel above 0
 
 
-def _look(path):
+def _look(path: Path) -> _Look | None:
     """One reading of an image file; None where it cannot be read."""
     try:
         content = path.read_bytes()
@@ -161,14 +228,12 @@ def _look(path):
         return None
 
 
-def _marked(row):
-    """Numbers as text, None as a dash; a last cell says where the two last numbers differ."""
-    *words, expected, found = row
-    mark = "differs" if expected not in (None, found) else ""
-    return (*words, *("-" if n is None else str(n) for n in (expected, found)), mark)
+def _compared(expected: int | None, found: int) -> tuple[str, str, str]:
+    """Two numbers as text, None as a dash, and whether they differ."""
+    return "-" if expected is None else str(expected), str(found), "differs" if expected not in (None, found) else ""
 
 
-def _aligned(rows):
+def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
     """Lines of columns as wide as their widest cell; what looks like a number goes to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     right = {i for i, cell in enumerate(rows[-1]) if cell == "-" or cell.isdigit()}
