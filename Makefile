@@ -51,10 +51,10 @@ test: $(READY)
 	$(PY) -m pytest -q -n $(JOBS) --dist loadfile --nbval-lax --nbval-current-env notebooks
 
 bench: $(READY)
-	$(PY) tests/bench_metrics.py
-	$(PY) tests/bench_synthesis.py
-	$(PY) tests/bench_vitmem.py
-	$(PY) tests/bench_mala.py
+	$(PY) benchmarks/metrics.py
+	$(PY) benchmarks/synthesis.py
+	$(PY) benchmarks/vitmem.py
+	$(PY) benchmarks/mala.py
 
 clean:
 	rm -rf book/_build notebooks/runs .pytest_cache .ruff_cache

@@ -54,7 +54,8 @@ def digest(*parts: bytes) -> str:
 
 def sources() -> list[bytes]:
     """What notebooks depend on beside themselves: the library, the committed records, the versions."""
-    files = [ROOT / "constraints.txt", *sorted((ROOT / "vitad").rglob("*")), *sorted((ROOT / "results").rglob("*"))]
+    folders = [ROOT / name for name in ("vitad", "results", "experiments")]
+    files = [ROOT / "constraints.txt", *(file for folder in folders for file in sorted(folder.rglob("*")))]
     kept = [f for f in files if f.is_file() and f.suffix != ".pyc"]
     return [str(f.relative_to(ROOT)).encode() + f.read_bytes() for f in kept]
 

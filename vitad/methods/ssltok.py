@@ -43,7 +43,7 @@ class Settings:
     image_size: int = 224
     blocks: tuple[int, ...] = (12,)  # mean of their outputs, each after the last layer norm
     standardise: bool = False  # each channel by mean and standard deviation over the training images
-    # damage, see data/synthesis.py
+    # damage, see data/synthesis/
     damage: float = 0.5  # probability of an image to be damaged
     kinds: tuple[str, ...] = ("perlin",)
     mode: Literal["global", "local", "both"] = "global"
@@ -83,7 +83,7 @@ class Settings:
 PRESETS = {
     "paper": {},
     # For two cores: a pool of damage, narrow subnetworks, few steps; middle blocks keep what the last ones give up.
-    # Chosen on synthetic damage of held-out tiles: see results/ssltok-selection.
+    # Chosen on synthetic damage of held-out tiles: see experiments/select_ssltok.json.
     "small": {
         "blocks": (4, 6, 8),
         "standardise": True,
