@@ -1,8 +1,10 @@
 """Data sets: the embedded one, what a sample is, the MVTec layout, and the magnetic tiles."""
 
 import hashlib
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -10,14 +12,16 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+import trees
 from PIL import Image
 from scipy.ndimage import binary_dilation, label
 from torch.utils.data import DataLoader
 
 from vitad import data
-from vitad.data import samples
+from vitad.data import hashes, samples
 from vitad.data.samples import ImageSet, Record
 from vitad.data.sets import mt, toy
+from vitad.data.verify import verify
 from vitad.errors import UserError
 
 
@@ -312,6 +316,131 @@ class TestFolder:
         assert data.describe(split).splitlines()[-1] == "skipped 1 unreadable: train/good/b.png"
 
 
+# --- what tells one data set from another -----------------------------------------------------------------
+
+
+class TestHashes:
+    @pytest.fixture
+    def root(self, toy_root, tmp_path, cache):
+        """A copy of one category, to be changed."""
+        return shutil.copytree(toy_root / "gear", tmp_path / "own")
+
+    @pytest.fixture
+    def read_files(self, monkeypatch):
+        """The names of the files that were read, as they are read."""
+        read, names = hashes.sha256, []
+
+        def counted(path):
+            names.append(path.name)
+            return read(path)
+
+        monkeypatch.setattr(hashes, "sha256", counted)
+        return names
+
+    def test_another_byte_is_other_data(self, root):
+        found = data.find("folder", root)
+        contents, names = found.contents_sha256(), found.names_sha256()
+        for path in (found.train[3].path, found.test[-1].mask):
+            content = path.read_bytes()
+            path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+            os.utime(path, ns=(1, 1))
+            changed = data.find("folder", root)
+            assert changed.contents_sha256() != contents and changed.names_sha256() == names
+            path.write_bytes(content)
+            os.utime(path, ns=(2, 2))
+            assert data.find("folder", root).contents_sha256() == contents
+
+    def test_it_depends_on_names_and_contents_alone(self, root, toy_root):
+        copied = data.find("folder", root).contents_sha256()
+        assert data.find("folder", toy_root / "gear").contents_sha256() == copied
+        (root / "train/good/000.png").rename(root / "train/good/999.png")
+        assert data.find("folder", root).contents_sha256() != copied
+
+    def test_the_hash_of_names_and_sizes_is_that_of_older_records(self, root):
+        found = data.find("folder", root)
+        expected = hashlib.sha256()
+        for record in found.train + found.test:
+            for path in filter(None, (record.path, record.mask)):
+                expected.update(f"{path.relative_to(root).as_posix()} {path.stat().st_size}\n".encode())
+        assert found.names_sha256() == expected.hexdigest()
+
+    def test_a_file_is_read_once_and_again_when_it_is_touched(self, root, cache, read_files):
+        found = data.find("folder", root)
+        contents = found.contents_sha256()
+        assert sorted(read_files) == sorted(p.name for p in found.files)
+        (kept,) = (cache / "hashes").iterdir()
+        written = kept.stat().st_mtime_ns
+        read_files.clear()
+        assert data.find("folder", root).contents_sha256() == contents
+        assert not read_files and kept.stat().st_mtime_ns == written
+        os.utime(found.test[0].path, ns=(1, 1))
+        assert found.contents_sha256() == contents and read_files == [found.test[0].path.name]
+        name = found.test[0].path.relative_to(root).as_posix()
+        size = found.test[0].path.stat().st_size
+        digest = hashlib.sha256(found.test[0].path.read_bytes()).hexdigest()
+        assert json.loads(kept.read_text())[name] == [size, 1, digest]
+
+    @pytest.mark.parametrize("damage", ["", "{", "[]", '{"a": 1}', '{"train/good/000.png": [1, 2]}', "\udcff"])
+    def test_a_damaged_cache_is_made_anew(self, root, cache, read_files, damage):
+        contents = data.find("folder", root).contents_sha256()
+        (kept,) = (cache / "hashes").iterdir()
+        whole = json.loads(kept.read_text())
+        kept.write_bytes(damage.encode(errors="surrogateescape"))
+        read_files.clear()
+        assert data.find("folder", root).contents_sha256() == contents and read_files
+        assert json.loads(kept.read_text()) == whole
+
+    def test_a_cache_that_cannot_be_written_costs_only_time(self, root, cache, toy_root):
+        cache.write_text("a file where the folder should be")
+        contents = data.find("folder", root).contents_sha256()
+        cache.unlink()
+        assert data.find("folder", toy_root / "gear").contents_sha256() == contents
+
+    def test_an_unreadable_file_is_left_to_the_decoder(self, root, cache, monkeypatch):
+        """It has no hash in the cache; reading the image says what is wrong, or `skip_bad` leaves it out."""
+        bad, read = root / "train/good/000.png", hashes.sha256
+        contents = data.find("folder", root).contents_sha256()
+        shutil.rmtree(cache)
+
+        def refuse(path):
+            if path == bad:
+                raise PermissionError(13, "Permission denied")
+            return read(path)
+
+        monkeypatch.setattr(hashes, "sha256", refuse)
+        assert data.find("folder", root).contents_sha256() != contents
+        (kept,) = (cache / "hashes").iterdir()
+        assert "train/good/000.png" not in json.loads(kept.read_text())
+
+
+# --- MVTec AD ---------------------------------------------------------------------------------------------
+
+
+@trees.needs_real("mvtec")
+class TestRealMVTec:
+    def test_bottle_is_complete(self):
+        report = verify("mvtec", category="bottle")
+        assert not report.differences and report.title.startswith("mvtec bottle in ")
+        found = data.find("mvtec", category="bottle")
+        assert data.get("mvtec").counts("bottle") == (len(found.train), len(found.test)) == (209, 83)
+
+    def test_screw_with_its_kinds_in_one_folder_and_no_masks(self):
+        if not (data.get("mvtec").locate() / "screw/test/defective").is_dir():
+            pytest.skip("this copy of screw is as published")
+        split = data.load("mvtec", category="screw", image_size=32)
+        assert (len(split.train), len(split.test), split.test.has_masks) == (320, 160, False)
+        assert Counter(split.test.defects) == {"good": 41, "defective": 119}
+        assert verify("mvtec", category="screw").differences == [
+            "screw test manipulated_front: 0 images, 24 published",
+            "screw test scratch_head: 0 images, 24 published",
+            "screw test scratch_neck: 0 images, 25 published",
+            "screw test thread_side: 0 images, 23 published",
+            "screw test thread_top: 0 images, 23 published",
+            "screw test defective: 119 images, none published",
+            "images without a mask: 119, expected 0",
+        ]
+
+
 # --- magnetic tiles ---------------------------------------------------------------------------------------
 
 N_TILES = 50
@@ -378,10 +507,9 @@ class TestMagneticTiles:
             (tmp_path / path.relative_to(tiles_root)).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / path.relative_to(tiles_root)).touch()
         for split in ("grouped", "mala100"):
-            for here, there in zip(
-                mt.DATASET.records(tiles_root, split=split), mt.DATASET.records(tmp_path, split=split), strict=True
-            ):
-                assert names(here) == names(there)
+            both = (mt.DATASET.records(root, split=split) for root in (tiles_root, tmp_path))
+            for records, copied in zip(*both, strict=True):
+                assert names(records) == names(copied)
 
     def test_mala100_takes_a_hundred(self, tiles_root):
         train, _ = mt.DATASET.records(tiles_root, split="mala100")
@@ -424,7 +552,7 @@ def splits():
     return {split: (found.train, found.test) for split in mt.SPLITS for found in [data.find("mt", split=split)]}
 
 
-@pytest.mark.skipif("VITAD_MT_ROOT" not in os.environ, reason="needs the real data set: VITAD_MT_ROOT is not set")
+@trees.needs_real("mt")
 class TestRealMagneticTiles:
     """What was counted in the published data set (commit cc4eb53)."""
 
@@ -440,6 +568,8 @@ class TestRealMagneticTiles:
             "Uneven": 103,
         }
         assert len(splits["differnet"][0]) == 761 and len(splits["mala100"][0]) == 100
+        for split, (train, test) in splits.items():
+            assert data.get("mt").counts(split=split) == (len(train), len(test))
 
     def test_tiles(self, splits):
         train, test = splits["grouped"]

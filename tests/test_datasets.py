@@ -111,6 +111,7 @@ def test_categories_are_named_as_folders_or_as_in_papers(name, category, folder,
 
 
 def test_unknown_names_are_refused(small, monkeypatch):
+    monkeypatch.delenv("VITAD_DATA", raising=False)
     monkeypatch.setattr(EVERY["mvtec"], "published", small["mvtec"])
     with pytest.raises(UserError, match="unknown category of mvtec 'capsules'. Did you mean 'capsule'"):
         data.get("mvtec").resolve("capsules")
@@ -139,7 +140,8 @@ def test_all_categories_of_a_set_without_any_are_the_set(name, category):
     assert data.get(name).resolve("all")[0] == category
 
 
-def test_all_categories_of_several_sets_at_once(whole, toy_root, tmp_path):
+def test_all_categories_of_several_sets_at_once(whole, toy_root, tmp_path, monkeypatch):
+    monkeypatch.delenv("VITAD_DATA", raising=False)
     split = data.load("btad", whole["btad"], "all", image_size=16)
     assert list(dict.fromkeys(split.train.categories)) == ["btad/01", "btad/02", "btad/03"]
     assert all(
@@ -176,6 +178,118 @@ def test_all_of_a_user_s_folder(toy_root):
     assert len(data.load("folder", toy_root, "all", image_size=16).train) == 3 * 12 + 4
     one = data.load("folder", toy_root / "gear", "all", image_size=16)
     assert one.category is None and set(one.train.categories) == {"folder"}
+
+
+# --- where it lies ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def unset(monkeypatch):
+    """No variable says where data lie."""
+    for variable in ("VITAD_DATA", "VITAD_MT_ROOT"):
+        monkeypatch.delenv(variable, raising=False)
+
+
+@pytest.fixture
+def shelf(unset, monkeypatch, tmp_path):
+    """The folder that `VITAD_DATA` names."""
+    monkeypatch.setenv("VITAD_DATA", str(tmp_path / "shelf"))
+    (tmp_path / "shelf").mkdir()
+    return tmp_path / "shelf"
+
+
+def test_a_data_set_is_found_below_the_folder_of_the_variable(shelf, whole):
+    (shelf / "btad").symlink_to(whole["btad"], target_is_directory=True)
+    assert data.get("btad").locate() == whole["btad"]
+    assert len(data.load("btad", category="01", image_size=16).train) == 4
+    assert data.get("btad").locate(whole["visa"]) == whole["visa"]  # --data-root comes first
+    assert data.get("btad").where_to_get() is None
+
+
+def test_without_its_folder_the_error_says_what_to_set(unset, shelf, monkeypatch):
+    with pytest.raises(UserError, match=rf"set VITAD_DATA to the folder that holds 'btad' [(]now {shelf}[)]"):
+        data.find("btad", category="01")
+    for value in (None, ""):
+        monkeypatch.delenv("VITAD_DATA") if value is None else monkeypatch.setenv("VITAD_DATA", value)
+        with pytest.raises(UserError) as e:
+            data.get("btad").locate()
+        assert str(e.value) == (
+            "dataset 'btad' needs its folder: give --data-root or set VITAD_DATA to the folder that holds 'btad'."
+        )
+
+
+def test_the_variable_of_the_tiles_comes_before_the_common_one(shelf, monkeypatch, tmp_path):
+    tiles = data.get("mt")
+    with pytest.raises(UserError, match="--data-root or set VITAD_MT_ROOT, or set VITAD_DATA to the folder .* 'mt'"):
+        tiles.locate()
+    (shelf / "mt").mkdir()
+    assert tiles.locate() == shelf / "mt"
+    monkeypatch.setenv("VITAD_MT_ROOT", "")
+    assert tiles.locate() == shelf / "mt"
+    monkeypatch.setenv("VITAD_MT_ROOT", str(tmp_path / "tiles"))
+    assert tiles.locate() == tmp_path / "tiles"
+    assert tiles.locate(tmp_path / "given") == tmp_path / "given"
+
+
+def test_several_data_sets_are_found_where_all_of_them_are(shelf, whole, tmp_path):
+    both = data.get("btad+ksdd2")
+    (shelf / "btad").symlink_to(whole["btad"], target_is_directory=True)
+    with pytest.raises(UserError, match="'btad[+]ksdd2' needs its folder: .* VITAD_DATA .* holds 'btad' and 'ksdd2'"):
+        both.locate()
+    assert "'btad'" not in both.where_to_get() and "data download ksdd2 --root DIR/ksdd2" in both.where_to_get()
+    (shelf / "ksdd2").symlink_to(whole["ksdd2"], target_is_directory=True)
+    assert both.locate() == shelf and both.where_to_get() is None
+    found = data.find("btad+ksdd2")
+    assert (found.root, found.category, len(found.train)) == (shelf, "all", 3 * 4 + 4)
+    assert both.locate(tmp_path) == tmp_path
+    assert f"data: 'btad' is not at hand in {tmp_path}." in both.where_to_get(tmp_path)
+
+
+def test_the_generated_set_stays_in_the_cache(shelf, toy_root, monkeypatch):
+    monkeypatch.setenv("VITAD_CACHE", str(toy_root.parent))
+    (shelf / "toy").mkdir()
+    monkeypatch.setattr("vitad.data.sets.toy.ensure", lambda root: root or toy_root)
+    assert data.get("toy").locate() == toy_root and data.get("toy").where_to_get() is None
+
+
+def test_where_a_data_set_can_be_had(unset, tmp_path):
+    assert data.get("btad").where_to_get().splitlines() == [
+        "data: 'btad' is not at hand. Give its folder with --data-root DIR.",
+        f"  page https://github.com/pankajmishra000/VT-ADL, licence {data.get('btad').source.licence}",
+        "  vitad data download btad --root DIR --accept-licence",
+    ]
+    tiles = data.get("mt").where_to_get(tmp_path / "nowhere").splitlines()
+    assert tiles[0] == f"data: 'mt' is not at hand in {tmp_path / 'nowhere'}. Give its folder with --data-root DIR."
+    assert tiles[2] == "  git clone https://github.com/abin24/Magnetic-tile-defect-datasets. DIR"
+    assert data.get("folder").where_to_get().count("\n") == 0
+
+
+# --- how many images there are ----------------------------------------------------------------------------
+
+
+def test_the_numbers_of_images_of_a_run(small, monkeypatch):
+    for name, published in small.items():
+        monkeypatch.setattr(EVERY[name], "published", published)
+    assert data.get("mvtec").counts("Metal nut") == (220, 115)
+    assert data.get("mvtec").counts("all") == (3629, 1725)
+    assert data.get("mvtec+visa").counts() == (3629 + 8659, 1725 + 2162)
+    assert data.get("ksdd2").counts() == (2085, 1004)  # training on the defective ones is left out
+    assert data.get("mt").counts(split="differnet") == (761, 583)
+    assert data.get("visa+mt").counts(split="mala100") == (8659 + 100, 2162 + 1244)
+    assert data.get("folder").counts() is data.get("mvtec+folder").counts() is None
+
+
+def test_the_numbers_of_generated_images_are_those_of_the_generator(monkeypatch):
+    assert data.get("toy").counts() == (60, 52)
+    monkeypatch.setattr("vitad.data.sets.toy.N_TRAIN", 7)
+    assert data.get("toy").counts("all") == (21, 3 * 20 + 8 * 11)
+    assert data.get("toy").counts("quirks") is None
+
+
+def test_the_numbers_agree_with_what_is_read(whole, toy_root):
+    for name, category in (("mvtec", "all"), ("btad", "02"), ("visa", "candle"), ("ksdd2", None)):
+        found = data.find(name, whole[name], category)
+        assert data.get(name).counts(category) == (len(found.train), len(found.test))
 
 
 # --- what is read -----------------------------------------------------------------------------------------
@@ -439,6 +553,35 @@ def test_duplicates_are_found_across_names_and_categories(own):
     assert (expected, names) == (None, ["grid/train/good/000.png = metal_nut/test/good/001.png"])
 
 
+def test_one_category_is_verified_alone(own, tmp_path):
+    root = own("mvtec")
+    harm_count(root)
+    report = verify.verify("mvtec", root, "Metal nut")
+    assert report.title == f"mvtec metal_nut in {root}" and not report.differences
+    assert {row[0] for row in report.counts} == {"metal_nut"}
+    assert report.checks["image files left out"] == (None, [])
+    trees.picture(root / "metal_nut/extra.png")
+    assert verify.verify("mvtec", root, "metal_nut").checks["image files left out"][1] == ["metal_nut/extra.png"]
+    assert verify.verify("mvtec", root, "grid").differences == ["grid train good: 2 images, 3 published"]
+    shutil.rmtree(root / "grid")
+    assert "grid train good: 0 images, 3 published" in verify.verify("mvtec", root, "grid").differences
+    assert "grid train good: 0 images, 3 published" in verify.verify("mvtec", root).differences
+    with pytest.raises(UserError, match="unknown category of mvtec 'gird'. Did you mean 'grid'"):
+        verify.verify("mvtec", root, "gird")
+
+
+def test_one_category_of_other_layouts(whole, toy_root):
+    assert verify.verify("ksdd2", whole["ksdd2"], "ksdd2") == verify.verify("ksdd2", whole["ksdd2"])
+    assert verify.verify("visa", whole["visa"], "Candles").title.startswith("visa candle in")
+    assert verify.verify("folder", toy_root, "gear").title == f"folder gear in {toy_root}"
+    with pytest.raises(UserError, match="unknown category in .* 'gears'. Did you mean 'gear'"):
+        verify.verify("folder", toy_root, "gears")
+    with pytest.raises(UserError, match="gear holds no categories, but category 'weave' was given"):
+        verify.verify("folder", toy_root / "gear", "weave")
+    with pytest.raises(UserError, match="'dtd' has no categories"):
+        verify.verify("dtd", whole["dtd"], "banded")
+
+
 def test_other_layouts_are_verified_too(own):
     """Files that VisA's list names and that are gone; a mask of KolektorSDD2 that is gone, and its label with it."""
     root = own("visa")
@@ -473,7 +616,7 @@ def test_a_users_own_images_are_verified_without_published_counts(toy_root, tmp_
     assert "nowhere does not exist. Check --root" in capsys.readouterr().err
 
 
-@pytest.mark.skipif("VITAD_MT_ROOT" not in os.environ, reason="needs the real data set: VITAD_MT_ROOT is not set")
+@trees.needs_real("mt")
 def test_the_real_magnetic_tiles_verify(capsys):
     assert main(["data", "verify", "mt"]) == 0
     output = capsys.readouterr().out

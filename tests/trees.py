@@ -3,9 +3,22 @@
 import csv
 
 import numpy as np
+import pytest
 from PIL import Image
 
+from vitad import data
 from vitad.data.sets import visa
+from vitad.errors import UserError
+
+
+def needs_real(name):
+    """Mark of tests that need the published data set itself."""
+    try:
+        data.get(name).locate()
+    except UserError as e:
+        return pytest.mark.skipif(True, reason=f"needs the real data set: {e}")
+    return pytest.mark.skipif(False, reason="")
+
 
 SIZE = 24, 16  # width and height of an image
 
