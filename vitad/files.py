@@ -7,7 +7,6 @@ from functools import lru_cache
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 
 from vitad.errors import UserError
 
@@ -39,12 +38,16 @@ def atomic_write(path):
 
 def write_safetensors(tensors, path, metadata=None):
     """Write tensors (moved to the CPU) and a dict of strings."""
+    from safetensors.torch import save_file  # imports torch
+
     with atomic_write(path) as aside:
         save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, aside, metadata)
 
 
 def read_safetensors(path):
     """(tensors, metadata) of a file; `UserError` where it is missing or not of that format."""
+    from safetensors.torch import load_file
+
     path = Path(path)
     if not path.is_file():
         raise UserError(f"weights file {path} does not exist.")

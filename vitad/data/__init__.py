@@ -9,13 +9,19 @@ To add a data set, write a module in `vitad/data/sets/` with a subclass of `vita
 `DATASET`, and add the module's name to `DATASETS` below.
 """
 
+from __future__ import annotations
+
 from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from vitad.data.dataset import ALL, Dataset, Found, JoinedDataset
-from vitad.data.samples import ImageSet, Record, Split
+from vitad.data.records import Record
 from vitad.errors import unknown
 from vitad.files import cache_dir
+
+if TYPE_CHECKING:
+    from vitad.data.samples import ImageSet, Split
 
 __all__ = [
     "ALL",
@@ -33,6 +39,13 @@ __all__ = [
     "get",
     "load",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`ImageSet` and `Split`, which need torch, are imported when they are asked for."""
+    if name not in ("ImageSet", "Split"):
+        raise AttributeError(f"module 'vitad.data' has no attribute '{name}'")
+    return getattr(import_module("vitad.data.samples"), name)
 
 
 def _registered(*names: str) -> dict[str, Dataset]:

@@ -4,16 +4,22 @@ Each module of `vitad.data.sets` holds one subclass of `Dataset` with an instanc
 registers. `mvtec+visa` is a `JoinedDataset`.
 """
 
+from __future__ import annotations
+
 import hashlib
 import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vitad.data.hashes import hash_files
-from vitad.data.samples import ImageSet, LooseMask, Record, Split
+from vitad.data.records import LooseMask, Record
 from vitad.errors import UserError, unknown
+
+if TYPE_CHECKING:
+    from vitad.data.samples import Split
 
 ALL = "all"  # as a category: all of them together, for one model
 VARIABLE = "VITAD_DATA"  # names the folder that holds the data sets, each in a folder of its name
@@ -302,6 +308,8 @@ class Found:
 
     def load(self, image_size: int | tuple[int, int] = 224, mask_threshold: int = 0, skip_bad: bool = False) -> Split:
         """Decode the images; the parameters are those of `vitad.data.load`."""
+        from vitad.data.samples import ImageSet, Split  # torch is imported when images are decoded, not before
+
         sets = [ImageSet(part, self.root, image_size, mask_threshold, skip_bad) for part in (self.train, self.test)]
         for kind, records, images in zip(("training", "test"), (self.train, self.test), sets, strict=True):
             if not len(images):

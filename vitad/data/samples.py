@@ -1,8 +1,7 @@
-"""What a sample is, and how image files become tensors.
+"""How image files become tensors.
 
-A *record* names an image file, its mask file and its label. An `ImageSet` decodes its records once, keeps them as uint8
-and hands out batches. The preparation is the same for every method: RGB, both sides resized (bilinear, anti-aliased),
-no crop; masks by nearest neighbour, then `> threshold`.
+An `ImageSet` decodes its records once, keeps them as uint8 and hands out batches. The preparation is the same for every
+method: RGB, both sides resized (bilinear, anti-aliased), no crop; masks by nearest neighbour, then `> threshold`.
 """
 
 import hashlib
@@ -20,39 +19,11 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from vitad.data.records import UNREADABLE, Record, one_channel
 from vitad.errors import UserError
 from vitad.files import cache_dir
 
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
-UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow raises on broken files
 MEMORY_LIMIT = 4 * 2**30  # bytes of decoded images a set may hold in memory; beyond, a cache file on disk
-UNKNOWN = -1  # the label of an image whose mask would tell it and cannot be read
-
-
-def image_files(folder: Path) -> list[Path]:
-    """Image files of one folder, sorted by name, whatever the case of their suffixes; [] where it does not exist."""
-    if not folder.is_dir():
-        return []
-    return sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
-
-
-@dataclass(frozen=True)
-class Record:
-    """An image file of a data set and what is known of it."""
-
-    path: Path
-    label: int  # 0 normal, 1 anomalous, from the folder or the split file, never from the mask; `scan` also: UNKNOWN
-    defect: str  # "good" or the kind of defect
-    mask: Path | None = None  # None: no anomalous pixel (normal images), or no mask known
-    category: str = ""  # dataset/category, from `vitad.data.find`
-
-
-@dataclass(frozen=True)
-class LooseMask:
-    """A mask file without its image, as only `Dataset.scan` returns it."""
-
-    mask: Path
-    defect: str
 
 
 @dataclass(frozen=True)
@@ -249,11 +220,6 @@ def _new_file(path: Path, shape: tuple[int, ...]) -> np.memmap:
             f"cannot keep decoded images in {path.parent}: {e.strerror or e}. "
             "Make room there, or name another folder with the variable VITAD_CACHE."
         ) from e
-
-
-def one_channel(mask: Image.Image) -> Image.Image:
-    """The mask with one level a pixel, of 8 bits or more; what is not 0 is anomalous."""
-    return mask if mask.mode in ("L", "I;16", "I") else mask.convert("L")
 
 
 def check_image_size(size: int | tuple[int, int]) -> tuple[int, int]:

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from vitad.data import ALL, DATASETS, TEXTURE_SETS
 from vitad.data.dataset import Dataset, Scan
-from vitad.data.samples import IMAGE_SUFFIXES, UNREADABLE, LooseMask, Record, one_channel
+from vitad.data.records import IMAGE_SUFFIXES, UNREADABLE, LooseMask, Record, one_channel
 from vitad.errors import UserError, unknown
 
 NONE_EXPECTED = (

@@ -6,7 +6,7 @@ images/<class>/<class>_NNNN.jpg, of many sizes. The published splits do not matt
 from pathlib import Path
 
 from vitad.data.dataset import Dataset, Records, Scan, Source
-from vitad.data.samples import Record, image_files
+from vitad.data.records import Record, image_files
 from vitad.errors import UserError
 
 CLASSES = """

@@ -7,7 +7,7 @@
 from pathlib import Path
 
 from vitad.data.dataset import Dataset, Records, Scan
-from vitad.data.samples import LooseMask, Record, image_files
+from vitad.data.records import LooseMask, Record, image_files
 from vitad.errors import UserError, unknown
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from vitad.data.dataset import Dataset, Records, Scan, Source
-from vitad.data.samples import UNKNOWN, UNREADABLE, LooseMask, Record, image_files, one_channel
+from vitad.data.records import UNKNOWN, UNREADABLE, LooseMask, Record, image_files, one_channel
 from vitad.errors import UserError
 
 DEFECT = {0: "good", 1: "defect", UNKNOWN: "unknown"}  # by label

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from vitad.data.dataset import Dataset, Records, Scan, Source
-from vitad.data.samples import LooseMask, Record, image_files
+from vitad.data.records import LooseMask, Record, image_files
 from vitad.errors import UserError
 
 T = TypeVar("T")

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from vitad.data.dataset import Records, Scan, Source
-from vitad.data.samples import LooseMask, Record, image_files
+from vitad.data.records import LooseMask, Record, image_files
 from vitad.data.sets.folder import MVTecLayout
 from vitad.errors import UserError
 

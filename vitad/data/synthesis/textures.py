@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from vitad.data.samples import IMAGE_SUFFIXES, UNREADABLE
+from vitad.data.records import IMAGE_SUFFIXES, UNREADABLE
 from vitad.data.synthesis.pixels import to_device
 from vitad.errors import UserError
 
