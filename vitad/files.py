@@ -11,6 +11,11 @@ from safetensors.torch import load_file, save_file
 from vitad.errors import UserError
 
 
+def cache_dir() -> Path:
+    """Folder for generated data, converted weights and decoded images; the variable `VITAD_CACHE` names another one."""
+    return Path(os.environ.get("VITAD_CACHE") or Path.home() / ".cache" / "vitad")
+
+
 @contextmanager
 def atomic_write(path):
     """Give a name to write to; it becomes `path` when the block ends well and vanishes when it does not.

@@ -12,8 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from vitad.data import btad, folder, ksdd2, mt, mvtec, toy, visa
-from vitad.data.samples import ImageSet, Record, Split, cache_dir
+from vitad.data.samples import ImageSet, Record, Split
 from vitad.errors import UserError, unknown
+from vitad.files import cache_dir
 
 __all__ = [
     "DATASETS",

@@ -18,7 +18,6 @@ from functools import partial
 from http.client import HTTPException
 from pathlib import Path, PureWindowsPath
 from ssl import SSLError
-from threading import Thread
 from urllib.error import HTTPError
 from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
@@ -29,6 +28,7 @@ from tqdm import tqdm
 import vitad
 from vitad.data.verify import count
 from vitad.errors import UserError, unknown
+from vitad.network import answer_within
 
 PATIENCE = 6  # seconds until an answer begins
 STALL = 30  # seconds in which nothing more comes
@@ -199,32 +199,19 @@ def _ask(url, have, source):
     if urlsplit(url).scheme not in ("http", "https", "file"):
         raise UserError(f"address '{url}' is not usable. Give one that begins with https://, http:// or file://.")
     headers = {"User-Agent": f"vitad/{vitad.__version__}"} | ({"Range": f"bytes={have}-"} if have else {})
-    answers = []
-
-    def ask():
-        try:
-            answers.append(urlopen(Request(url, headers=headers), timeout=STALL))
-        except Exception as e:
-            answers.append(e)
-
-    # In a thread, since the timeout of a socket holds for each address of a host and not for looking up its name.
-    thread = Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(PATIENCE)
-    answer = answers[0] if answers else TimeoutError("no answer")
-    if not isinstance(answer, Exception):
-        return answer
-    if isinstance(answer, HTTPError) and answer.code == 416 and have:
-        return None
-    if isinstance(answer, HTTPError):
+    try:
+        return answer_within(PATIENCE, lambda: urlopen(Request(url, headers=headers), timeout=STALL))
+    except HTTPError as e:
+        if e.code == 416 and have:
+            return None
         raise UserError(
-            f"{url} answers {answer.code} {answer.reason}. "
-            f"See {source.page} for the present address and give it with --url."
-        )
-    raise UserError(
-        f"cannot reach {url} ({getattr(answer, 'reason', answer)}). Check the network, or fetch the file elsewhere and "
-        "name it with --url file:///..."
-    )
+            f"{url} answers {e.code} {e.reason}. See {source.page} for the present address and give it with --url."
+        ) from e
+    except (OSError, HTTPException, ValueError) as e:  # the last for an address that cannot be read
+        raise UserError(
+            f"cannot reach {url} ({getattr(e, 'reason', e)}). Check the network, or fetch the file elsewhere and "
+            "name it with --url file:///..."
+        ) from e
 
 
 def unpack(archive, target, limit=UNPACKED_LIMIT):

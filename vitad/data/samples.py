@@ -18,15 +18,11 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from vitad.errors import UserError
+from vitad.files import cache_dir
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow raises on broken files
 MEMORY_LIMIT = 4 * 2**30  # bytes of decoded images a set may hold in memory; beyond, a cache file on disk
-
-
-def cache_dir():
-    """Where generated data, converted weights and decoded images are kept (`VITAD_CACHE` moves it)."""
-    return Path(os.environ.get("VITAD_CACHE", Path.home() / ".cache" / "vitad"))
 
 
 def image_files(folder):
