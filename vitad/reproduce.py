@@ -263,7 +263,7 @@ def _models(method, dataset, category):
     data.part(dataset, data.ALL)  # an unknown data set is said so first
     if category is not None and category != EACH:
         return category.split(",")
-    if category is None and (hasattr(methods.get(method), "CATEGORY") or dataset == "toy"):
+    if category is None and (methods.get(method).CATEGORY or dataset == "toy"):
         return [None]
     return [None] if "+" in dataset else data.categories(dataset)
 
