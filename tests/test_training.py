@@ -4,15 +4,16 @@ import math
 
 import pytest
 import torch
+from helpers import CPU, Watched, equal, state
 from torch import nn
 
 from vitad import data, training
 from vitad.errors import UserError
-from vitad.methods import anovit, l2cae
+from vitad.methods import anovit
+from vitad.methods.rivals import l2cae
 from vitad.settings import resolve
 from vitad.training import Phase, autocast, train
 
-CPU = torch.device("cpu")
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU"))]
 
 
@@ -49,54 +50,32 @@ class Net(nn.Module):
         ]
 
 
-def state(model):
-    return {k: v.clone() for k, v in model.state_dict().items()}
-
-
-def equal(one, other):
-    return one.keys() == other.keys() and all(torch.equal(v, other[k]) for k, v in one.items())
-
-
 # --- what is fed ------------------------------------------------------------------------------------------
-
-
-class Watched:
-    """An image set that notes which images are asked for."""
-
-    def __init__(self, images):
-        self.images, self.asked = images, []
-
-    def __len__(self):
-        return len(self.images)
-
-    def batch(self, indices, device):
-        self.asked.append(list(map(int, indices)))
-        return self.images.batch(indices, device)
 
 
 def test_every_epoch_shows_each_image_once_in_another_order(images):
     watched = Watched(images)
     train(Net(epochs=3, batch_size=5), watched, 0, CPU)
-    assert list(map(len, watched.asked)) == [5, 5, 2] * 3
-    epochs = [sum(watched.asked[i : i + 3], []) for i in (0, 3, 6)]
+    assert list(map(len, watched.requested)) == [5, 5, 2] * 3
+    epochs = [sum(watched.requested[i : i + 3], []) for i in (0, 3, 6)]
     assert all(sorted(epoch) == list(range(12)) for epoch in epochs)
     assert len(set(map(tuple, epochs))) == 3
     again, other = Watched(images), Watched(images)
     train(Net(epochs=3, batch_size=5), again, 0, CPU)
     train(Net(epochs=3, batch_size=5), other, 1, CPU)
-    assert again.asked == watched.asked != other.asked
+    assert again.requested == watched.requested != other.requested
 
 
 def test_held_out_images_are_never_trained_on(images):
     watched = Watched(images)
     history = train(Net(epochs=2, batch_size=3, val_fraction=0.3), watched, 0, CPU)
-    fit, val = watched.asked[:3], watched.asked[3:5]  # ceil(0.3 * 12) = 4 are held out
+    fit, val = watched.requested[:3], watched.requested[3:5]  # ceil(0.3 * 12) = 4 are held out
     assert sorted(sum(fit + val, [])) == list(range(12)) and len(sum(val, [])) == 4
-    assert watched.asked[8:] == val and sorted(sum(watched.asked[5:8], [])) == sorted(sum(fit, []))
+    assert watched.requested[8:] == val and sorted(sum(watched.requested[5:8], [])) == sorted(sum(fit, []))
     assert all(math.isfinite(row["val"]) for row in history)
     other = Watched(images)
     train(Net(epochs=1, batch_size=3, val_fraction=0.3), other, 1, CPU)
-    assert sorted(sum(other.asked[3:], [])) != sorted(sum(val, []))
+    assert sorted(sum(other.requested[3:], [])) != sorted(sum(val, []))
 
 
 def test_something_has_to_be_left_for_training(images):
@@ -311,9 +290,9 @@ def save_always(monkeypatch):
     monkeypatch.setattr(training, "CHECK_STEPS", 1)
     if_due = training._Saver.if_due
 
-    def always(self):
+    def always(self, *parts):
         self.last, self.took = -math.inf, 0
-        if_due(self)
+        if_due(self, *parts)
 
     monkeypatch.setattr(training._Saver, "if_due", always)
 
@@ -351,6 +330,22 @@ def test_broken_off_at_any_step_it_ends_with_the_same_weights(images, tmp_path, 
         assert again.calls == STEPS - (stop - 1), "steps were repeated"
         for row, expected in zip(resumed, history, strict=True):
             assert row | {"seconds": 0} == expected | {"seconds": 0}
+
+
+def test_a_state_of_an_earlier_version_is_resumed(images, tmp_path, save_always):
+    """The names in the saved state stay as they are: 'at' holds how far the training had come."""
+    torch.manual_seed(3)
+    unbroken = Net(*STAGES)
+    train(unbroken, images, 3, CPU, state_path=tmp_path / "state.pt")
+    saved = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert saved.keys() == {"at", "model", "optimizer", "random"}
+    assert saved["at"].keys() == {"phase", "epoch", "step", "losses", "best", "history", "seconds"}
+    again = Net(*STAGES)
+    train(again, images, 3, CPU, state_path=tmp_path / "state.pt")
+    assert equal(state(again), state(unbroken)) and again.calls == 0
+    torch.save(saved | {"at": saved["at"] | {"of another version": 1}}, tmp_path / "state.pt")
+    with pytest.raises(TypeError, match="of another version"):
+        train(Net(*STAGES), images, 3, CPU, state_path=tmp_path / "state.pt")
 
 
 def test_patience_and_the_best_epoch_survive(images, tmp_path, save_always):

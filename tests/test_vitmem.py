@@ -1,31 +1,25 @@
 """Yang & Guo 2024: memory, coordinate attention, losses, and what each row of the ablation changes."""
 
 import math
+from functools import partial
 
+import helpers
 import numpy as np
 import pytest
 import torch
+from helpers import CPU
 from scipy.ndimage import gaussian_filter
 from torch import nn
 
-from vitad import data, runs
+from vitad import runs
 from vitad.errors import UserError
 from vitad.methods import vitmem
 from vitad.methods.vitmem import CoordinateAttention, Memory, entropy, shrunk
 from vitad.settings import resolve
 from vitad.training import train
 
-CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def gears(toy_root):
-    return data.load("toy", toy_root, "gear", image_size=64)
-
-
-def make(**overrides):
-    torch.manual_seed(0)
-    return vitmem.Model(resolve(vitmem.Settings, vitmem.PRESETS, "smoke", overrides)).eval()
+pytest_plugins = ["methods_fixtures"]
+make = partial(helpers.make, vitmem)
 
 
 # --- memory -----------------------------------------------------------------------------------------------

@@ -1,24 +1,61 @@
-"""One file per paper. Each holds `PAPER`, `Settings`, `PRESETS` and `Model`, an `nn.Module` with
+"""Anomaly detectors: one file for each paper, and in `rivals` one for each system that the papers compare with.
 
-losses(batch) -> dict of scalars          what training minimises is their sum
-anomaly_map(images (B,3,H,W)) -> (B,H,W)
-image_score(maps (B,H,W)) -> (B,)
-phases() -> list of `training.Phase`      empty where nothing is trained; of several, each may have its own losses
-prepare(images, device)                   optional: one look at the training `ImageSet` before training
-observe(images, device) -> dict           optional: what else the record counts, from the training `ImageSet` after it
-settings, weights, protocol               what goes into the run record
-`CATEGORY` of the module, where it has one, is taken when none is asked for.
+A method is a file of one of these two folders. Its module defines
+
+PAPER      who published it and where
+CATEGORY   the category of the data that it is trained on by default; None: that of the data set
+Settings   a frozen dataclass; its defaults are the paper's
+PRESETS    {name: {field: value}}, named differences from the defaults
+VARIANTS   {name: {field: value}}, the rows of the paper's ablation; {"full": {}} where there is none
+Model      a `vitad.methods.base.Method`, made by `Model(settings, weights="auto")`
 """
 
 from importlib import import_module
+from pathlib import Path
+from pkgutil import iter_modules
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from vitad.errors import unknown
 
-METHODS = ("anovit", "vitmem", "mala", "ssltok", "l2cae", "patchknn")
+if TYPE_CHECKING:  # the names of the methods are known without torch
+    from vitad.methods.base import Method
+
+_FOLDER = Path(__file__).parent
+_PACKAGES = {"vitad.methods": _FOLDER, "vitad.methods.rivals": _FOLDER / "rivals"}
+_MODULES = {
+    file.name: f"{package}.{file.name}"
+    for package, folder in _PACKAGES.items()
+    for file in iter_modules([str(folder)])
+    if not file.ispkg and file.name != "base"
+}
+METHODS = tuple(_MODULES)
 
 
-def get(name):
-    """Module of a method by its name in code."""
+class MethodModule(Protocol):
+    """What the module of a method defines."""
+
+    PAPER: str
+    CATEGORY: str | None
+    Settings: type[Any]
+    PRESETS: dict[str, dict[str, Any]]
+    VARIANTS: dict[str, dict[str, Any]]
+    Model: "type[Method]"
+
+
+def get(name: str) -> MethodModule:
+    """Module of the method `name`.
+
+    Raises
+    ------
+    UserError
+        There is no such method; the message names the nearest.
+
+    Examples
+    --------
+    >>> from vitad import methods
+    >>> methods.get("anovit").PAPER
+    'Lee & Kang 2022, AnoViT, IEEE Access 10, 46717-46724'
+    """
     if name not in METHODS:
         raise unknown("method", name, METHODS)
-    return import_module(f"vitad.methods.{name}")
+    return cast(MethodModule, import_module(_MODULES[name]))

@@ -11,18 +11,22 @@ fixes is marked "ours".
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal, Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vitad.backbones import DINOV2_S14, vit
 from vitad.blocks import gaussian_blur
+from vitad.data.samples import ImageSet
 from vitad.errors import UserError
+from vitad.methods.base import Method
 from vitad.training import Phase
 
 PAPER = "Lee & Kang 2022, AnoViT, IEEE Access 10, 46717-46724"
+CATEGORY = None
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ class Settings:
     amp: bool = True  # mixed precision, the fork
 
 
-PRESETS = {
+PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
     # The published code to the letter: the output lies in [0, 1), the standardised target does not.
     "legacy": {"last_act": "legacy_relu", "norm": "dataset_stats"},
@@ -76,17 +80,20 @@ PRESETS = {
         "amp": False,
     },
 }
+VARIANTS: dict[str, dict[str, Any]] = {"full": {}}
 
 
-class Model(nn.Module):
+class Model(Method):
     """Encoder, decoder, loss and score of AnoViT, in that order.
 
-    Args:
-        settings: `Settings`.
-        weights: source of the encoder's weights, as in `backbones.vit`; not used where `pretrained` is off.
+    `weights` is the source of the encoder's weights, as in `backbones.vit`; without `pretrained` it is not used.
     """
 
-    def __init__(self, settings, weights="auto"):
+    settings: Settings
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, settings: Settings, weights: str | Path = "auto"):
         super().__init__()
         self.settings = s = settings
         if s.det_sigma < s.seg_sigma:
@@ -96,7 +103,7 @@ class Model(nn.Module):
         self.encoder, self.weights = vit(s.encoder, s.image_size, weights if s.pretrained else "random")
         self.encoder.requires_grad_(not s.freeze_encoder)
         self.decoder = Decoder(self.encoder.embed_dim, s.channels, s.image_size, s.decoder_norm, s.last_act)
-        # minus1_1: (x - 1/2) / (1/2); dataset_stats: replaced by the training images' statistics in prepare()
+        # minus1_1: (x - 1/2) / (1/2). dataset_stats: prepare() puts the statistics of the training images here.
         self.register_buffer("mean", torch.full((1, 3, 1, 1), 0.5))
         self.register_buffer("std", torch.full((1, 3, 1, 1), 0.5))
         self.protocol = {
@@ -106,49 +113,57 @@ class Model(nn.Module):
             "checkpoint": "lowest validation loss on held-out normal images",
         }
 
-    def prepare(self, images, device):
-        """`dataset_stats`: mean and standard deviation of the training images, per channel."""
+    def prepare(self, images: ImageSet, device: torch.device) -> None:
+        """`dataset_stats`: mean and standard deviation of the training images, for each channel."""
         if self.settings.norm != "dataset_stats":
             return
-        n, total, squares = 0, 0, 0
+        n_pixels = 0
+        total = torch.zeros(3, dtype=torch.double, device=device)
+        squares = torch.zeros(3, dtype=torch.double, device=device)
         for i in range(0, len(images), 32):
             x = images.batch(range(i, min(i + 32, len(images))), device)["image"].double()
-            n += x[:, 0].numel()
-            total, squares = total + x.sum((0, 2, 3)), squares + (x**2).sum((0, 2, 3))
-        mean = total / n
+            n_pixels += x[:, 0].numel()
+            total += x.sum((0, 2, 3))
+            squares += (x**2).sum((0, 2, 3))
+        mean = total / n_pixels
+        std = (squares / n_pixels - mean**2).sqrt()
         self.mean.copy_(mean[:, None, None])
-        self.std.copy_((squares / n - mean**2).sqrt().clamp_min(1e-3)[:, None, None])
+        self.std.copy_(std.clamp_min(1e-3)[:, None, None])
 
-    def encode(self, x):
+    def encode(self, x: Tensor) -> Tensor:
         """Normalised images (B,3,S,S) -> feature map (B,D,g,g): every patch embedding back in its place."""
-        tokens = self.encoder.forward_features(x)[:, self.encoder.num_prefix_tokens :]  # class token dropped
+        tokens = self.encoder.forward_features(x)
+        tokens = tokens[:, self.encoder.num_prefix_tokens :]  # (B,N,D): without the class token
         B, N, D = tokens.shape
         return tokens.transpose(1, 2).reshape(B, D, *self.encoder.patch_embed.grid_size)
 
-    def reconstruct(self, images):
+    def reconstruct(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Images (B,3,S,S) in [0,1] -> (x, x_hat), both normalised."""
         x = (images - self.mean) / self.std
         return x, self.decoder(self.encode(x))
 
-    def losses(self, batch):
+    def losses(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """The squared error of the reconstruction."""
         x, x_hat = self.reconstruct(batch["image"])
         return {"mse": F.mse_loss(x_hat.float(), x)}  # mean over batch, channels and pixels
 
-    def anomaly_map(self, images):
-        """(B,3,S,S) -> (B,S,S): squared error, mean over channels, smoothed."""
+    def anomaly_map(self, images: Tensor) -> Tensor:
+        """Images (B,3,S,S) -> maps (B,S,S): squared error, mean over channels, smoothed."""
         x, x_hat = self.reconstruct(images)
-        error = (x - x_hat.float()).square().mean(1)
+        error = (x - x_hat.float()).square().mean(1)  # (B,S,S)
         return gaussian_blur(error, self.settings.seg_sigma)
 
-    def image_score(self, maps):
-        """(B,S,S) -> (B,): maximum of the map at the wider smoothing.
+    def image_score(self, maps: Tensor) -> Tensor:
+        """Maps (B,S,S) -> scores (B,): maximum of the map at the wider smoothing.
 
-        The map already carries seg_sigma; Gaussians compose, so the rest is sqrt(det^2 - seg^2).
+        The map is already smoothed with seg_sigma, and the squares of the sigmas of two Gaussians add up.
         """
         s = self.settings
-        return gaussian_blur(maps, (s.det_sigma**2 - s.seg_sigma**2) ** 0.5).amax((1, 2))
+        rest = (s.det_sigma**2 - s.seg_sigma**2) ** 0.5
+        return gaussian_blur(maps, rest).amax((1, 2))
 
-    def phases(self):
+    def phases(self) -> list[Phase]:
+        """One phase; the epoch with the lowest error on held-out images counts."""
         s = self.settings
         trained = [p for p in self.parameters() if p.requires_grad]
         return [
@@ -164,7 +179,8 @@ class Model(nn.Module):
             )
         ]
 
-    def train(self, mode=True):
+    def train(self, mode: bool = True) -> Self:
+        """As usual, but a frozen encoder stays in eval mode."""
         super().train(mode)
         if self.settings.freeze_encoder:
             self.encoder.eval()
@@ -178,12 +194,13 @@ class Decoder(nn.Sequential):
     padding 1: 2 * side - 1). From a grid of 24: 26, 28, 30, 59, 117, 233, resized to 384.
     """
 
-    def __init__(self, width, channels, image_size, norm, last_act):
+    def __init__(self, width: int, channels: tuple[int, ...], image_size: int, norm: str, last_act: str):
         if len(channels) != 6 or channels[-1] != 3:
             raise UserError(f"channels={channels}: the decoder has six layers and ends in 3 channels.")
         norms = {"instance": nn.InstanceNorm2d, "batch": nn.BatchNorm2d}  # InstanceNorm without affine, as published
-        layers = []
-        for i, (c_in, c_out) in enumerate(zip((width, *channels), channels, strict=False)):
+        layers: list[nn.Module] = []
+        for i, c_out in enumerate(channels):
+            c_in = channels[i - 1] if i else width
             stride, padding = (1, 0) if i < 3 else (2, 1)
             layers.append(nn.ConvTranspose2d(c_in, c_out, 3, stride, padding))
             if i < 5 or last_act == "legacy_relu":

@@ -6,26 +6,31 @@ DOI 10.1109/ACCESS.2023.3332475.
     stage 1   image, a quarter of its patches -> encoder -> decoder -> image;  PLPM tells images from rebuilt ones
     stage 2   damaged image -> encoder, frozen -> decoder, and TBM over first, last and decoded tokens -> mask
 
-Equation and section numbers are the paper's. "Ours" marks what it leaves open, and what it misprints.
+Equation and section numbers are the paper's. "Ours" marks what it leaves open, and what it misprints. The file is long
+because the paper trains two models in a row, and because files of MAE's weights are read here.
 """
 
 import pickle
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import shorten
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import nn
+from numpy import ndarray
+from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from vitad.backbones import DINOV2_S14, IMAGENET_MEAN, IMAGENET_STD, timm, vit
+from vitad.backbones import DINOV2_S14, IMAGENET_MEAN, IMAGENET_STD, import_timm, vit
 from vitad.blocks import ssim_map
+from vitad.data.samples import ImageSet
 from vitad.data.synthesis import Synthesis, foreground_mask
 from vitad.errors import UserError
 from vitad.files import read_safetensors, sha256
+from vitad.methods.base import Method
 from vitad.training import Phase, warm_up_then_cosine
 
 PAPER = "Chen et al. 2023, MALA, IEEE Access 11"
@@ -77,7 +82,7 @@ class Settings:
     amp: bool = True
 
 
-PRESETS = {
+PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
     # For one GPU: the smallest of MAE's encoders, a twentieth of stage 1 and a fourteenth of stage 2.
     "small": {"encoder": "vit_base_patch16_224.mae", "stage1_epochs": 100, "epochs": 50},
@@ -145,7 +150,7 @@ PRESETS = {
 }
 
 # Sec. IV-E: what each part is worth.
-VARIANTS = {
+VARIANTS: dict[str, dict[str, Any]] = {
     "full": {},
     "recon": {"pipeline": "recon"},
     "no_stage1": {"stage1": False},
@@ -154,16 +159,21 @@ VARIANTS = {
 }
 
 
-class Model(nn.Module):
+class Model(Method):
     """The parts, stage 1, stage 2 and the score, in that order.
 
-    Args:
-        settings: `Settings`.
-        weights: `auto` (encoder as in `backbones.vit`, decoder random), `random`, or a file under MAE's names, see
-            `load_mae`; not used where `pretrained` is off.
+    `weights` is `auto` (encoder as in `backbones.vit`, decoder random), `random`, or a file with MAE's names, see
+    `load_mae`; without `pretrained` it is not used.
     """
 
-    def __init__(self, settings, weights="auto"):
+    settings: Settings
+    mean: Tensor
+    std: Tensor
+    encoder: Any  # a VisionTransformer of timm
+    plpm: Any  # nn.Sequential; None where it is off
+    tbm: Any  # TokenBalance, or nn.Linear in its place; None with pipeline=recon
+
+    def __init__(self, settings: Settings, weights: str | Path = "auto"):
         super().__init__()
         self.settings = s = settings
         _check(s)
@@ -172,7 +182,7 @@ class Model(nn.Module):
         if s.depth is not None and not 1 <= s.depth <= len(self.encoder.blocks):
             raise UserError(f"depth={s.depth}: {s.encoder} has 1 to {len(self.encoder.blocks)} blocks.")
         self.encoder.blocks = self.encoder.blocks[: s.depth]
-        (P, _), self.grid = self.encoder.patch_embed.patch_size, self.encoder.patch_embed.grid_size
+        P, self.grid = self.encoder.patch_embed.patch_size[0], self.encoder.patch_embed.grid_size
         D_e, D_d = self.encoder.embed_dim, s.decoder_width
         positions = sincos(self.grid, D_e)
         if self.encoder.pos_embed.shape != positions.shape:
@@ -193,9 +203,10 @@ class Model(nn.Module):
         if source not in ("auto", "random"):
             self.weights = load_mae(self, source)
         self.synthesis = Synthesis(("perlin",), s.damage, s.mode, s.textures, keep_grey=s.keep_grey)
-        self.chosen = {1: None, 2: None}  # which images each stage is trained on, from prepare()
-        self.drawn_anew = None  # or: how to draw those of an epoch of stage 1
-        self.foreground = None
+        # From prepare():
+        self.chosen: dict[int, Any] = {1: None, 2: None}  # indices of the images of each stage; None: all
+        self.drawn_anew: Callable[[np.random.Generator], ndarray] | None = None  # draws those of an epoch of stage 1
+        self.foreground: Tensor | None = None  # (n,1,S,S), of the images of stage 2
         self.protocol = {
             "normalisation": "imagenet",
             "smoothing": "none",
@@ -203,43 +214,52 @@ class Model(nn.Module):
             "checkpoint": "last epoch",
         }
 
-    def normalised(self, images):
+    def normalised(self, images: Tensor) -> Tensor:
+        """Images in [0,1] -> images with the mean and the standard deviation of ImageNet."""
         return (images - self.mean) / self.std
 
-    def tokens(self, images, visible=None):
-        """Images (B,3,S,S) in [0,1] -> outputs of the first block and of the last, normed: (B,N,D_e) both.
+    def tokens(self, images: Tensor, visible: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Images (B,3,S,S) in [0,1] -> outputs of the first block and of the last, the last normed: (B,N,D_e) both.
 
-        With `visible` (B,n), numbers of patches, only these are computed, and come in that order: (B,n,D_e).
+        With `visible` (B,n), indices of patches, only these are computed, and come in that order: (B,n,D_e).
         """
         e = self.encoder
-        z = e.patch_embed(self.normalised(images)).flatten(1, -2) + e.pos_embed[:, 1:]  # some keep the grid
+        z = e.patch_embed(self.normalised(images))
+        z = z.flatten(1, -2)  # (B,N,D_e): some encoders keep the grid
+        z = z + e.pos_embed[:, 1:]
         if visible is not None:
-            z = z.gather(1, visible[..., None].expand(-1, -1, z.shape[2]))
+            z = z.gather(1, visible[..., None].expand(-1, -1, z.shape[2]))  # (B,n,D_e)
         z_cls = (e.cls_token + e.pos_embed[:, :1]).expand(len(z), -1, -1)
-        first = e.blocks[0](e.norm_pre(torch.cat([z_cls, z], 1)))
+        z = e.norm_pre(torch.cat([z_cls, z], 1))  # (B,1+n,D_e)
+        first = e.blocks[0](z)
         last = e.norm(e.blocks[1:](first))  # Eq. 1
-        return first[:, 1:], last[:, 1:]  # the class token is discarded
+        return first[:, 1:], last[:, 1:]  # without the class token
 
     # --- stage 1: perceive normal patterns ---
 
-    def random_visible(self, B, device):
-        """(B,n): numbers of the patches that stay visible, drawn for each image."""
+    def random_visible(self, B: int, device: torch.device | str) -> Tensor:
+        """Indices (B,n) of the patches that stay visible, drawn for each image."""
         N = self.encoder.patch_embed.num_patches
-        return torch.rand(B, N, device=device).argsort(1)[:, : n_visible(N, self.settings.mask_ratio)]
+        n = n_visible(N, self.settings.mask_ratio)
+        shuffled = torch.rand(B, N, device=device).argsort(1)  # each row a permutation of the N patches
+        return shuffled[:, :n]
 
-    def reconstruct(self, images, visible=None):
+    def reconstruct(self, images: Tensor, visible: Tensor | None = None) -> Tensor:
         """X (B,3,S,S) in [0,1] -> X_bar (B,3,S,S), rebuilt from the visible patches or from all."""
         _, last = self.tokens(images, visible)
-        X_bar = unpatchify(self.decoder.pred(self.decoder(last, visible)).float(), self.grid, 3)  # Eq. 2
+        decoded = self.decoder(last, visible)  # (B,N,D_d)
+        pixels = self.decoder.pred(decoded).float()  # Eq. 2, (B,N,3PP)
+        X_bar = unpatchify(pixels, self.grid, 3)
         return X_bar * self.std + self.mean
 
-    def stage1_losses(self, batch):
-        """Eq. 3 with its misprints mended. Each is weighted, and gives every parameter the gradient of its own aim."""
+    def stage1_losses(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """Eq. 3, its misprints corrected. Each loss is weighted and reaches only the parameters that it is for."""
         X = batch["image"]
-        X_bar = self.reconstruct(X, self.random_visible(len(X), X.device))
+        visible = self.random_visible(len(X), X.device)
+        X_bar = self.reconstruct(X, visible)
         a1, a2, a3 = self.settings.alpha
         losses = {"l1": a1 * (X - X_bar).abs().mean(), "ssim": a2 * (1 - ssim_map(X, X_bar, 1.0)).mean()}
-        if self.settings.plpm == "joint":  # both minimise it
+        if self.settings.plpm == "joint":  # all parts minimise it
             losses["plpm"] = a3 * self.label_loss(X, X_bar)
         elif self.settings.plpm == "adversarial":
             losses["plpm"] = self.label_loss(X, X_bar.detach())  # for PLPM alone
@@ -248,15 +268,18 @@ class Model(nn.Module):
             losses["fool"] = a3 * F.softplus(lb_p).mean()  # -log[1 - sigma(lb_p)], for encoder and decoder alone
         return losses
 
-    def label_loss(self, X, X_bar):
+    def label_loss(self, X: Tensor, X_bar: Tensor) -> Tensor:
         """L_CE of Eq. 3: originals are labelled 0, rebuilt images 1."""
-        lb_o, lb_p = (self.plpm(self.normalised(images)).float() for images in (X, X_bar))
-        return (F.softplus(lb_o).mean() + F.softplus(-lb_p).mean()) / 2  # -log[1 - sigma(lb_o)], -log sigma(lb_p)
+        lb_o = self.plpm(self.normalised(X)).float()
+        lb_p = self.plpm(self.normalised(X_bar)).float()
+        of_originals = F.softplus(lb_o).mean()  # -log[1 - sigma(lb_o)]
+        of_rebuilt = F.softplus(-lb_p).mean()  # -log sigma(lb_p)
+        return (of_originals + of_rebuilt) / 2
 
     # --- stage 2: predict artificial anomaly maps ---
 
-    def predict(self, images):
-        """(B,3,S,S) -> logits of Y_hat (B,2,S,S): anomalous, channel 0, and normal. No graph through the encoder."""
+    def predict(self, images: Tensor) -> Tensor:
+        """Images (B,3,S,S) -> logits of Y_hat (B,2,S,S): channel 0 anomalous, 1 normal. No gradient to the encoder."""
         with torch.no_grad():
             first, last = self.tokens(images)
         D_last = self.decoder(last)  # Eq. 4
@@ -265,27 +288,30 @@ class Model(nn.Module):
             Y_hat = self.tbm(first, last, D_last) if self.settings.tbm else self.tbm(D_last)
         return unpatchify(Y_hat, self.grid, 2)
 
-    def stage2_losses(self, batch):
+    def stage2_losses(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Eq. 6."""
         self.encoder.eval()
         damaged = self.damaged(batch)
-        Y, logits = damaged["mask"][:, 0], self.predict(damaged["image"])
+        Y = damaged["mask"][:, 0]
+        logits = self.predict(damaged["image"])
+        Y_hat = logits.softmax(1)
         b1, b2 = self.settings.beta
-        l1 = (Y.float() - logits.softmax(1)[:, 0]).abs().mean()
+        l1 = (Y.float() - Y_hat[:, 0]).abs().mean()
         return {"l1": b1 * l1, "focal": b2 * focal(logits, Y, self.settings.gamma)}
 
-    def damaged(self, batch):
+    def damaged(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """The images of a batch, of which some are damaged, and their masks, as `Synthesis` gives them."""
         images, foreground = batch["image"], None
         if self.training and self.foreground is not None:
             row = np.searchsorted(self.chosen[2], batch["index"].numpy())
             foreground = self.foreground[row].to(images.device, non_blocking=True)
-        return self.synthesis(images, *torch.randint(2**31, (2,)).tolist(), foreground)  # torch's state is saved
+        seed, step = torch.randint(2**31, (2,)).tolist()  # from torch's state, which is saved with the run
+        return self.synthesis(images, seed, step, foreground)
 
     # --- training ---
 
     @torch.no_grad()
-    def prepare(self, images, device):
+    def prepare(self, images: ImageSet, device: torch.device) -> None:
         """Draw the images of both stages, as many of each category; find the foreground of those to be damaged."""
         s = self.settings
         self.chosen = {1: draw(images.categories, s.stage1_images), 2: draw(images.categories, s.stage2_images)}
@@ -294,13 +320,16 @@ class Model(nn.Module):
         if s.pipeline == "e2e" and s.mode != "global":
             self.foreground = torch.cat([foreground_mask(images.batch([i])["image"]) for i in self.chosen[2]])
 
-    def losses(self, batch):
-        """Those of the last stage; training asks each for its own."""
-        return self.phases()[-1].losses(batch)
+    def losses(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """The losses of the last stage. In training each phase has its own."""
+        if self.settings.pipeline == "e2e":
+            return self.stage2_losses(batch)
+        return self.stage1_losses(batch) if self.settings.stage1 else {}
 
-    def phases(self):
+    def phases(self) -> list[Phase]:
+        """Stage 1, stage 2 or both."""
         s = self.settings
-        adamw = dict(optimizer=torch.optim.AdamW, betas=s.betas, weight_decay=s.weight_decay)
+        adamw: dict[str, Any] = dict(optimizer=torch.optim.AdamW, betas=s.betas, weight_decay=s.weight_decay)
         parts = [self.encoder, self.decoder, self.plpm] if self.plpm else [self.encoder, self.decoder]
         stage1 = Phase(
             "stage1",
@@ -310,7 +339,7 @@ class Model(nn.Module):
             s.stage1_lr * s.stage1_batch_size / 256,
             schedule=warm_up_then_cosine(s.warm_up),
             losses=self.stage1_losses,
-            images=self.chosen[1],
+            indices=self.chosen[1],
             draw=self.drawn_anew,
             **adamw,
         )
@@ -323,38 +352,45 @@ class Model(nn.Module):
             s.batch_size,
             s.lr,
             losses=self.stage2_losses,
-            images=self.chosen[2],
+            indices=self.chosen[2],
             **adamw,
         )
         return [stage1, stage2] if s.stage1 else [stage2]
 
     # --- score ---
 
-    def anomaly_map(self, images):
-        """(B,3,S,S) -> (B,S,S): Y_hat[0], or |X - X_bar|."""
+    def anomaly_map(self, images: Tensor) -> Tensor:
+        """Images (B,3,S,S) -> maps (B,S,S): Y_hat[0], or |X - X_bar|."""
         if self.settings.pipeline == "e2e":
             return self.predict(images).softmax(1)[:, 0]
-        passes = [None]
-        if self.settings.recon_passes == "complementary":  # every patch is visible once
+        passes: list[Tensor | None] = [None]  # all patches visible at once
+        if self.settings.recon_passes == "complementary":  # every patch is visible in one pass
             N = self.encoder.patch_embed.num_patches
             order = torch.randperm(N, generator=torch.Generator().manual_seed(0)).to(images.device)
-            passes = [v.expand(len(images), -1) for v in order.split(n_visible(N, self.settings.mask_ratio))]
-        return torch.stack([(images - self.reconstruct(images, v)).abs().mean(1) for v in passes]).mean(0)
+            parts = order.split(n_visible(N, self.settings.mask_ratio))
+            passes = [part.expand(len(images), -1) for part in parts]  # (B,n) each
+        errors = [(images - self.reconstruct(images, visible)).abs().mean(1) for visible in passes]
+        return torch.stack(errors).mean(0)
 
-    def image_score(self, maps):
-        """Eq. 7: (B,S,S) -> (B,)"""
+    def image_score(self, maps: Tensor) -> Tensor:
+        """Eq. 7: maps (B,S,S) -> scores (B,)."""
         k = self.settings.window
-        return F.avg_pool2d(maps[:, None], k, 1, k // 2).amax((1, 2, 3))
+        means = F.avg_pool2d(maps[:, None], k, stride=1, padding=k // 2)  # (B,1,S,S)
+        return means.amax((1, 2, 3))
 
 
 class Decoder(nn.Module):
     """Tokens of the encoder, all or the visible ones, (B,n,D_e) -> tokens of all patches (B,N,D_d). `pred`: pixels."""
 
-    def __init__(self, grid, width_in, width, depth, heads, width_out, mask_fill):
+    pos_embed: Tensor
+
+    def __init__(
+        self, grid: tuple[int, int], width_in: int, width: int, depth: int, heads: int, width_out: int, mask_fill: str
+    ):
         super().__init__()
+        timm = import_timm()
         self.embed = nn.Linear(width_in, width)
-        if mask_fill == "mask_token":
-            self.mask_token = nn.Parameter(0.02 * torch.randn(1, 1, width))
+        self.mask_token = nn.Parameter(0.02 * torch.randn(1, 1, width)) if mask_fill == "mask_token" else None
         self.register_buffer("pos_embed", sincos(grid, width))
         Block = timm.models.vision_transformer.Block
         norm = timm.layers.LayerNorm  # eps 1e-6
@@ -362,32 +398,36 @@ class Decoder(nn.Module):
         self.norm = norm(width)
         self.pred = nn.Linear(width, width_out)
 
-    def forward(self, tokens, visible=None):
+    def forward(self, tokens: Tensor, visible: Tensor | None = None) -> Tensor:
         z = self.embed(tokens)
         B, n, D = z.shape
         if visible is not None:
             N = self.pos_embed.shape[1] - 1
-            hidden = self.mask_token.to(z.dtype) if hasattr(self, "mask_token") else z.new_zeros(1, 1, D)
-            z = hidden.expand(B, N, D).scatter(1, visible[..., None].expand(B, n, D), z)
-        return self.norm(self.blocks(z + self.pos_embed[:, 1:]))
+            filling = z.new_zeros(1, 1, D) if self.mask_token is None else self.mask_token.to(z.dtype)
+            places = visible[..., None].expand(B, n, D)
+            z = filling.expand(B, N, D).scatter(1, places, z)  # every token back in its place
+        z = z + self.pos_embed[:, 1:]  # (B,N,D_d)
+        return self.norm(self.blocks(z))
 
 
 class TokenBalance(nn.Module):
-    """Eq. 5 with its brackets mended: tokens of the encoder's first and last block and of the decoder -> (B,N,out)."""
+    """Eq. 5, its brackets corrected: tokens of the encoder's first and last block and of the decoder -> (B,N,out)."""
 
-    def __init__(self, width_encoder, width_decoder, out):
+    def __init__(self, width_encoder: int, width_decoder: int, out: int):
         super().__init__()
         self.lp1 = nn.Linear(2 * width_encoder, width_decoder)
         self.lp2 = nn.Linear(2 * width_decoder, out)
 
-    def forward(self, first, last, decoded):
-        return self.lp2(torch.cat([self.lp1(torch.cat([first, last], -1)), decoded], -1))
+    def forward(self, first: Tensor, last: Tensor, decoded: Tensor) -> Tensor:
+        of_encoder = self.lp1(torch.cat([first, last], -1))  # (B,N,D_d)
+        return self.lp2(torch.cat([of_encoder, decoded], -1))
 
 
-def plpm(channels):
-    """Images (B,3,S,S) -> logits (B,): 0 original, 1 rebuilt. Ours, as the usual discriminators are."""
-    layers = []
-    for i, (c_in, c_out) in enumerate(zip((3, *channels), channels, strict=False)):
+def plpm(channels: tuple[int, ...]) -> nn.Sequential:
+    """Images (B,3,S,S) -> logits (B,): 0 original, 1 rebuilt. Ours, built like the usual discriminators."""
+    layers: list[nn.Module] = []
+    for i, c_out in enumerate(channels):
+        c_in = channels[i - 1] if i else 3
         layers.append(nn.Conv2d(c_in, c_out, 4, 2, 1))
         if i:
             layers.append(nn.BatchNorm2d(c_out, track_running_stats=False))
@@ -395,35 +435,45 @@ def plpm(channels):
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels[-1], 1), nn.Flatten(0))
 
 
-def focal(logits, Y, gamma):
+def focal(logits: Tensor, Y: Tensor, gamma: float) -> Tensor:
     """Logits (B,2,S,S), anomalous first, and mask Y (B,S,S) bool -> scalar. Lin et al. 2017, without alpha."""
     log_p = logits.log_softmax(1)
     log_p_true = torch.where(Y, log_p[:, 0], log_p[:, 1])
     return ((1 - log_p_true.exp()) ** gamma * -log_p_true).mean()
 
 
-def n_visible(N, mask_ratio):
-    """How many of N patches stay visible."""
+def n_visible(N: int, mask_ratio: float) -> int:
+    """How many of N patches stay visible; at least one.
+
+    Examples
+    --------
+    >>> from vitad.methods.mala import n_visible
+    >>> n_visible(196, 0.75)
+    49
+    """
     return max(1, round(N * (1 - mask_ratio)))
 
 
-def unpatchify(tokens, grid, channels):
-    """(B,N,P*P*C), patches row by row, channels innermost -> (B,C,S,S)."""
+def unpatchify(tokens: Tensor, grid: tuple[int, int], channels: int) -> Tensor:
+    """Tokens (B,N,P*P*C), patches row by row, channels innermost -> images (B,C,S,S)."""
     P = round((tokens.shape[-1] / channels) ** 0.5)
     patches = tokens.unflatten(1, grid).unflatten(3, (P, P, channels))  # (B,h,w,P,P,C)
-    return patches.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+    patches = patches.permute(0, 5, 1, 3, 2, 4)  # (B,C,h,P,w,P)
+    return patches.flatten(4, 5).flatten(2, 3)  # (B,C,hP,wP)
 
 
-def sincos(grid, width):
+def sincos(grid: tuple[int, int], width: int) -> Tensor:
     """MAE's fixed positions (1,1+N,width): zeros for the class token, then sin and cos of column and row."""
-    omega = 10000 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
-    y, x = (v.flatten()[:, None] * omega for v in torch.meshgrid(*map(torch.arange, grid), indexing="ij"))
+    omega = 10000 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))  # frequencies
+    rows, columns = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")  # (h,w) both
+    y = rows.flatten()[:, None] * omega  # (N,width/4)
+    x = columns.flatten()[:, None] * omega
     table = torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], 1).float()
     return torch.cat([torch.zeros(1, width), table])[None]
 
 
-def draw(categories, most, permutation=torch.randperm):
-    """Numbers, in order, of up to `most` random images of each category; of all where `most` is 0."""
+def draw(categories: ndarray, most: int, permutation: Callable[[int], Any] = torch.randperm) -> ndarray:
+    """Sorted indices of up to `most` random images of each category; of all images where `most` is 0."""
     chosen = []
     for category in np.unique(categories):
         members = np.flatnonzero(categories == category)
@@ -431,20 +481,23 @@ def draw(categories, most, permutation=torch.randperm):
     return np.sort(np.concatenate(chosen))
 
 
-def load_mae(model, path):
-    """Load encoder and decoder of `model` from a file under the names of MAE's visualisation checkpoints.
+def load_mae(model: Model, path: str | Path) -> dict[str, str]:
+    """Load encoder and decoder of a model from a file with the names of MAE's visualisation checkpoints.
 
-    Either safetensors, or a .pth file that holds nothing but tensors: no object is ever unpickled. Positions are
-    resampled. Where the file has no decoder, that stays random.
+    The file is safetensors, or a .pth file that holds nothing but tensors: no object is ever unpickled. Positions are
+    resampled. Where the file has no decoder, the model's stays random.
 
-    Returns:
-        `source` and `sha256` for the run record.
+    Returns
+    -------
+    `source` and `sha256` for the run record.
 
-    Raises:
-        UserError: no such file, not readable, tensors missing, too many or of other shapes.
+    Raises
+    ------
+    UserError
+        There is no such file, it cannot be read, tensors are missing, too many or of other shapes.
     """
     path = Path(path).expanduser()
-    state = {_own_name(k): v for k, v in _read(path).items() if not k.startswith(("head.", "fc_norm."))}
+    state = {_renamed(k): v for k, v in _read(path).items() if not k.startswith(("head.", "fc_norm."))}
     parts = nn.ModuleDict({"encoder": model.encoder})
     if with_decoder := any(k.startswith("decoder.") for k in state):
         parts["decoder"] = model.decoder
@@ -452,7 +505,7 @@ def load_mae(model, path):
         state.pop("decoder.mask_token", None)
     for name in ("encoder.pos_embed", "decoder.pos_embed"):
         if name in state:
-            state[name] = timm.layers.resample_abs_pos_embed(state[name], list(model.grid))
+            state[name] = import_timm().layers.resample_abs_pos_embed(state[name], list(model.grid))
     try:
         parts.load_state_dict(state)
     except RuntimeError as e:
@@ -460,13 +513,14 @@ def load_mae(model, path):
     return {"source": f"file {path.name}{'' if with_decoder else ', decoder random'}", "sha256": sha256(path)}
 
 
-def _own_name(name):
+def _renamed(name: str) -> str:
+    """MAE's name of a tensor -> its name here."""
     if name == "mask_token":
         return "decoder.mask_token"
     return name.replace("decoder_", "decoder.", 1) if name.startswith("decoder_") else f"encoder.{name}"
 
 
-def _read(path):
+def _read(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
         return read_safetensors(path)[0]
     try:
@@ -478,8 +532,8 @@ def _read(path):
     return state.get("model", state)
 
 
-def _check(s):
-    """Settings that contradict each other or that have no meaning."""
+def _check(s: Settings) -> None:
+    """Refuse settings that contradict each other or that have no meaning."""
     if s.pipeline == "recon" and not (s.stage1 or s.pretrained):
         raise UserError("pipeline=recon without stage1 and without pretrained weights: nothing would ever be trained.")
     if s.pipeline == "e2e" and not s.damage:

@@ -9,26 +9,32 @@ IEEE Access 12, 127604-127613, DOI 10.1109/ACCESS.2024.3454753.
 The paper's, from its abstract, all that is public to us: the frozen self-supervised ViT as image tokenizer, the masked
 language model as model, R that predicts anomaly-free patch tokens, G that segments from both kinds of tokens, and
 that only R and G are trained. Ours: every layer, number, loss and kind of damage below, in short a DRAEM
-(Zavrtanik et al. 2021) whose images are tokens. It is no reproduction.
+(Zavrtanik et al. 2021) whose images are tokens. It is no reproduction. The file is long because the training pairs are
+cached: the frozen tokens of the images, and of a pool of damaged ones.
 """
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal, Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from vitad.backbones import DINOV2_S14, intermediate, normalise, timm, vit
+from vitad.backbones import DINOV2_S14, import_timm, intermediate, normalise, vit
 from vitad.blocks import gaussian_blur, top_mean
+from vitad.data.samples import ImageSet
 from vitad.data.synthesis import Synthesis
 from vitad.errors import UserError
+from vitad.methods.base import Method
 from vitad.training import Phase, autocast, warm_up_then_cosine
 
 PAPER = "in the manner of Kim & Kwon 2024, IEEE Access 12, 127604-127613"
+CATEGORY = None
 CACHE_BYTES = 8 * 2**30  # of tokens and masks kept in the host's memory
 EPS = 1e-5  # probabilities stay this far from 0 and 1 in the losses
 AREA = 1e-3  # share of an image below which its damage weighs less in the balanced loss
@@ -80,7 +86,7 @@ class Settings:
     amp: bool = True
 
 
-PRESETS = {
+PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
     # For two cores: a pool of damage, narrow subnetworks, few steps; middle blocks keep what the last ones give up.
     # Chosen on synthetic damage of held-out tiles: see experiments/select_ssltok.json.
@@ -144,7 +150,7 @@ PRESETS = {
 }
 
 # Each takes one idea away.
-VARIANTS = {
+VARIANTS: dict[str, dict[str, Any]] = {
     "full": {},
     "no_seg": {"segment": False},  # the map is the cosine distance of t_a and t_hat
     "no_rec": {"reconstruct": False},  # G sees t_a alone
@@ -153,15 +159,17 @@ VARIANTS = {
 }
 
 
-class Model(nn.Module):
-    """Tokenizer, training pairs, the two subnetworks, losses and score, in that order.
+class Model(Method):
+    """Tokenizer, training pairs, losses and score, in that order; the two subnetworks follow below.
 
-    Args:
-        settings: `Settings`.
-        weights: source of the tokenizer's weights, as in `backbones.vit`; not used where `pretrained` is off.
+    `weights` is the source of the tokenizer's weights, as in `backbones.vit`; without `pretrained` it is not used.
     """
 
-    def __init__(self, settings, weights="auto"):
+    settings: Settings
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, settings: Settings, weights: str | Path = "auto"):
         super().__init__()
         self.settings = s = settings
         _check(s)
@@ -174,13 +182,16 @@ class Model(nn.Module):
         self.register_buffer("mean", torch.zeros(D))
         self.register_buffer("std", torch.ones(D))
         self.synthesis = Synthesis(s.kinds, 1.0, s.mode, s.textures, keep_grey=s.keep_grey)
-        self.reconstruction = self.segmentation = None
+        self.reconstruction: Reconstruction | None = None
+        self.segmentation: Segmentation | None = None
         if s.reconstruct:
             self.reconstruction = Reconstruction(D, math.prod(grid), s.width, s.depth, s.heads, s.dropout)
         if s.segment:
-            parts = 1 + s.reconstruct * (1 + s.use_diff)
+            parts = 1 + s.reconstruct * (1 + s.use_diff)  # t_a, t_hat and their difference
             self.segmentation = Segmentation(parts * D, grid, s.seg_width, s.image_size)
-        self.clean = self.pool = None  # caches, filled by prepare()
+        # From prepare():
+        self.clean: Tensor | None = None  # (n,N,D) half: tokens of the training images
+        self.pool: dict[str, Tensor] = {}  # `tokens` (pool,n,N,D) half and `mask` (pool,n,S,S): the damaged versions
         self.epochs = s.epochs
         self.protocol = {
             "normalisation": "imagenet",
@@ -193,20 +204,21 @@ class Model(nn.Module):
 
     # --- tokenizer ---
 
-    def tokens(self, images):
-        """(B,3,S,S) in [0,1] -> t (B,N,D): class and register tokens dropped."""
+    def tokens(self, images: Tensor) -> Tensor:
+        """Images (B,3,S,S) in [0,1] -> t (B,N,D), without class and register tokens."""
         return self._standard(self._raw_tokens(images))
 
     @torch.no_grad()
-    def _raw_tokens(self, images):
+    def _raw_tokens(self, images: Tensor) -> Tensor:
         with autocast(images.device, self.settings.amp):
             outputs = intermediate(self.tokenizer, normalise(images), sorted(set(self.settings.blocks)))
         return torch.stack(outputs).float().mean(0)
 
-    def _standard(self, tokens):
+    def _standard(self, tokens: Tensor) -> Tensor:
         return (tokens - self.mean) / self.std
 
-    def train(self, mode=True):
+    def train(self, mode: bool = True) -> Self:
+        """As usual, but the tokenizer stays in eval mode."""
         super().train(mode)
         self.tokenizer.eval()
         return self
@@ -214,24 +226,27 @@ class Model(nn.Module):
     # --- training pairs ---
 
     @torch.no_grad()
-    def prepare(self, images, device):
+    def prepare(self, images: ImageSet, device: torch.device) -> None:
         """Cache the tokens of the training images, and of the pool of damaged ones, in half precision on the host.
 
         A resumed run comes here with the same random state, so its cache is the same.
         """
-        s, (N, D) = self.settings, (self.tokenizer.patch_embed.num_patches, len(self.mean))
-        self.epochs = max(s.epochs, math.ceil(s.min_steps / math.ceil(len(images) / s.batch_size)))
-        per_image = 2 * N * D + s.pool * (2 * N * D + s.image_size**2)
+        s = self.settings
+        N, D = self.tokenizer.patch_embed.num_patches, len(self.mean)
+        self.epochs = max(s.epochs, math.ceil(s.min_steps / self._steps(images)))
+        per_image = 2 * N * D + s.pool * (2 * N * D + s.image_size**2)  # bytes
         if s.pool and len(images) * per_image > CACHE_BYTES:
             raise UserError(
                 f"pool={s.pool}: the tokens of {len(images)} images and of their damaged versions take "
                 f"{len(images) * per_image / 2**30:.1f} GiB, more than {CACHE_BYTES / 2**30:.1f}. Lower pool, "
                 "or set it to 0."
             )
-        n = min(len(images), CACHE_BYTES // per_image)  # images beyond the limit are tokenized whenever they come
+        n = min(len(images), CACHE_BYTES // per_image)  # further images are tokenized whenever they come
         self.clean = torch.empty(n, N, D, dtype=torch.half)
-        masks = torch.empty(s.pool, n, s.image_size, s.image_size, dtype=torch.bool)
-        self.pool = {"tokens": torch.empty(s.pool, n, N, D, dtype=torch.half), "mask": masks}
+        self.pool = {
+            "tokens": torch.empty(s.pool, n, N, D, dtype=torch.half),
+            "mask": torch.empty(s.pool, n, s.image_size, s.image_size, dtype=torch.bool),
+        }
         for i in tqdm(range(0, n, s.batch_size), "tokens", unit="batch", leave=False):
             batch = images.batch(range(i, min(i + s.batch_size, n)), device)["image"]
             part = slice(i, i + len(batch))
@@ -239,54 +254,70 @@ class Model(nn.Module):
             for version in range(s.pool):
                 damaged = self._damage(batch)
                 self.pool["tokens"][version, part] = self._raw_tokens(damaged["image"])
-                masks[version, part] = damaged["mask"][:, 0]
-        self._measure(self.clean)
+                self.pool["mask"][version, part] = damaged["mask"][:, 0]
+        if s.standardise:
+            self._measure(self.clean)
 
-    def _measure(self, tokens):
+    def _steps(self, images: ImageSet) -> int:
+        """Steps of an epoch."""
+        return math.ceil(len(images) / self.settings.batch_size)
+
+    def _measure(self, tokens: Tensor) -> None:
         """Mean and standard deviation of each channel of (n,N,D), in single precision a few images at a time."""
-        if self.settings.standardise:
-            mean = torch.stack([part.mean((0, 1), dtype=torch.float) * len(part) for part in tokens.split(64)]).sum(0)
-            mean = mean / len(tokens)
-            square = torch.stack([(part.float() - mean).square().mean(1).sum(0) for part in tokens.split(64)]).sum(0)
-            self.mean.copy_(mean)
-            self.std.copy_((square / len(tokens)).sqrt().clamp_min(1e-3))
+        parts, n = tokens.split(64), len(tokens)
+        sums = [part.mean((0, 1), dtype=torch.float) * len(part) for part in parts]
+        mean = torch.stack(sums).sum(0) / n
+        squares = [(part.float() - mean).square().mean(1).sum(0) for part in parts]
+        std = (torch.stack(squares).sum(0) / n).sqrt()
+        self.mean.copy_(mean)
+        self.std.copy_(std.clamp_min(1e-3))
 
-    def _damage(self, images):
-        return self.synthesis(images, *torch.randint(2**31, (2,)).tolist())  # torch's state is saved with the run
+    def _damage(self, images: Tensor) -> dict[str, Tensor]:
+        seed, step = torch.randint(2**31, (2,)).tolist()  # from torch's state, which is saved with the run
+        return self.synthesis(images, seed, step)
 
     @torch.no_grad()
-    def pairs(self, batch):
+    def pairs(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
         """t of the clean images, t_a of the images of which some are damaged, (B,N,D) both, and the mask M (B,S,S)."""
         s, x = self.settings, batch["image"]
-        index = batch["index"] if self.training else None  # the caches are those of the training images
-        cached = index is not None and self.clean is not None and int(index.max()) < len(self.clean)
-        t = self._standard(self.clean[index].to(x.device).float()) if cached else self.tokens(x)
+        index: Any = batch["index"] if self.training else None
+        if index is not None and self.clean is not None and int(index.max()) < len(self.clean):
+            t = self._standard(self.clean[index].to(x.device).float())
+            versions = s.pool
+        else:  # the caches hold only training images, and not always all of them
+            t = self.tokens(x)
+            versions = 0
         t_a, M = t.clone(), torch.zeros_like(x[:, 0], dtype=torch.bool)
-        chosen = (torch.rand(len(x)) < s.damage).nonzero()[:, 0]
-        if cached and s.pool:
-            version = torch.randint(s.pool, chosen.shape)
-            found = {k: v[version, index[chosen]].to(x.device) for k, v in self.pool.items()}
-            t_a[chosen], M[chosen] = self._standard(found["tokens"].float()), found["mask"]
+        chosen = (torch.rand(len(x)) < s.damage).nonzero()[:, 0]  # places in the batch of those to be damaged
+        if versions:
+            version = torch.randint(versions, chosen.shape)
+            tokens = self.pool["tokens"][version, index[chosen]].to(x.device)
+            t_a[chosen] = self._standard(tokens.float())
+            M[chosen] = self.pool["mask"][version, index[chosen]].to(x.device)
         elif len(chosen):
             damaged = self._damage(x[chosen])
-            t_a[chosen], M[chosen] = self.tokens(damaged["image"]), damaged["mask"][:, 0]
+            t_a[chosen] = self.tokens(damaged["image"])
+            M[chosen] = damaged["mask"][:, 0]
         return t, t_a, M
 
     # --- losses ---
 
-    def losses(self, batch):
-        t, t_a, M = self.pairs(batch)
+    def losses(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """Of R: distances of t_hat from the clean tokens t. Of G: how well it marks the damage M."""
         s, losses, t_hat = self.settings, {}, None
+        t, t_a, M = self.pairs(batch)
         if self.reconstruction:
-            ratio = torch.rand(len(t), 1, device=t.device) * s.mask_max
-            t_hat = self.reconstruction(t_a, torch.rand(t.shape[:2], device=t.device) < ratio)
+            share = torch.rand(len(t), 1, device=t.device) * s.mask_max  # of the tokens, for each image
+            masked = torch.rand(t.shape[:2], device=t.device) < share  # (B,N)
+            t_hat = self.reconstruction(t_a, masked)
             losses["cosine"] = (1 - F.cosine_similarity(t_hat, t, dim=-1)).mean()
             losses["smooth_l1"] = 0.5 * F.smooth_l1_loss(t_hat, t)
         if self.segmentation:
-            p = self._segment(t_a, t_hat.detach() if s.reconstruct and s.detach_rec else t_hat)
+            seen = t_hat.detach() if t_hat is not None and s.detach_rec else t_hat
+            p = self.segment(t_a, seen)  # (B,S,S)
             p_true = torch.where(M, p, 1 - p).clamp(EPS, 1 - EPS)
             if s.seg_loss == "balanced":
-                area = M.float().mean((1, 2), keepdim=True)
+                area = M.float().mean((1, 2), keepdim=True)  # (B,1,1)
                 weight = torch.where(M, 0.5 / area.clamp_min(AREA), 0.5 / (1 - area).clamp_min(AREA))
                 losses["segmentation"] = (weight * -p_true.log()).mean()
             else:
@@ -294,12 +325,19 @@ class Model(nn.Module):
                 losses["l1"] = (p - M.float()).abs().mean()
         return losses
 
-    def _segment(self, t_a, t_hat):
-        """Probability (B,S,S) of being anomalous."""
-        parts = [t_a] if t_hat is None else [t_a, t_hat, (t_a - t_hat).abs()][: 2 + self.settings.use_diff]
-        return self.segmentation(torch.cat(parts, -1)).float().softmax(1)[:, 1]
+    def segment(self, t_a: Tensor, t_hat: Tensor | None) -> Tensor:
+        """Tokens (B,N,D) -> probability (B,S,S) of being anomalous, from G."""
+        assert self.segmentation is not None, "segment is on"
+        parts = [t_a]
+        if t_hat is not None:
+            parts.append(t_hat)
+            if self.settings.use_diff:
+                parts.append((t_a - t_hat).abs())
+        logits = self.segmentation(torch.cat(parts, -1))  # (B,2,S,S)
+        return logits.float().softmax(1)[:, 1]
 
-    def phases(self):
+    def phases(self) -> list[Phase]:
+        """One phase for both networks."""
         s = self.settings
         trained = [p for p in self.parameters() if p.requires_grad]
         schedule = warm_up_then_cosine(s.warm_up)
@@ -318,62 +356,79 @@ class Model(nn.Module):
 
     # --- score ---
 
-    def predict(self, images):
-        """(B,3,S,S) -> dict of the tokens `t_a` and `t_hat` (B,N,D) and of three maps (B,S,S), none smoothed.
+    def predict(self, images: Tensor) -> dict[str, Any]:
+        """Images (B,3,S,S) -> the tokens and the maps that the score is made of, none of them smoothed.
 
-        `distance` of both kinds of tokens, 1 - cosine; `segmented`, the probability that G gives; and `map`, the one of
-        them that there is, their product, or G's. Without R `t_hat` and `distance` are None, without G `segmented` is.
+        Returns
+        -------
+        t_a, t_hat
+            Given and predicted tokens (B,N,D); `t_hat` is None without R.
+        distance
+            1 - cosine of the two (B,S,S); None without R.
+        segmented
+            Probability that G gives (B,S,S); None without G.
+        map
+            (B,S,S): `segmented`, with the setting `product` times `distance`; the one of the two that there is.
         """
         return self._predict(self.tokens(images), images.shape[-2:])
 
-    def _predict(self, t_a, size):
+    def _predict(self, t_a: Tensor, size: torch.Size) -> dict[str, Any]:
         t_hat = distance = segmented = None
         if self.reconstruction:
-            t_hat = self._reconstruct(t_a)
-            distance = 1 - F.cosine_similarity(t_a, t_hat, dim=-1)
+            t_hat = self.reconstruct(t_a)
+            distance = 1 - F.cosine_similarity(t_a, t_hat, dim=-1)  # (B,N)
             distance = distance.view(-1, 1, *self.tokenizer.patch_embed.grid_size)
             distance = F.interpolate(distance, size, mode="bilinear", align_corners=False)[:, 0]
         if self.segmentation:
-            segmented = self._segment(t_a, t_hat)
-        if segmented is None or distance is None:
-            found = distance if segmented is None else segmented
+            segmented = self.segment(t_a, t_hat)
+        if segmented is None:
+            map_ = distance
+        elif distance is not None and self.settings.product:
+            map_ = segmented * distance
         else:
-            found = segmented * distance if self.settings.product else segmented
-        return {"t_a": t_a, "t_hat": t_hat, "distance": distance, "segmented": segmented, "map": found}
+            map_ = segmented
+        return {"t_a": t_a, "t_hat": t_hat, "distance": distance, "segmented": segmented, "map": map_}
 
-    def _reconstruct(self, t_a):
-        """t_hat (B,N,D): from all tokens, or each from those outside of its own part."""
+    def reconstruct(self, t_a: Tensor, parts: int | None = None) -> Tensor:
+        """t_hat (B,N,D): from all tokens, or in so many random parts, each predicted while it is hidden.
+
+        `parts` is the setting `hidden_parts` if it is None; 0 hides nothing.
+        """
+        assert self.reconstruction is not None, "reconstruct is on"
         B, N, _ = t_a.shape
-        if not self.settings.hidden_parts:
+        parts = self.settings.hidden_parts if parts is None else parts
+        if not parts:
             return self.reconstruction(t_a)
         order = torch.randperm(N, generator=torch.Generator().manual_seed(0)).to(t_a.device)
         t_hat = torch.empty_like(t_a)
-        for part in order.chunk(self.settings.hidden_parts):
+        for part in order.chunk(parts):
             masked = torch.zeros(B, N, dtype=torch.bool, device=t_a.device)
             masked[:, part] = True
             t_hat[:, part] = self.reconstruction(t_a, masked)[:, part]
         return t_hat
 
-    def anomaly_map(self, images):
-        """(B,3,S,S) -> (B,S,S)"""
+    def anomaly_map(self, images: Tensor) -> Tensor:
+        """Images (B,3,S,S) -> maps (B,S,S): the map of `predict`, smoothed."""
         return gaussian_blur(self.predict(images)["map"], self.settings.sigma)
 
-    def image_score(self, maps):
-        """(B,S,S) -> (B,)"""
+    def image_score(self, maps: Tensor) -> Tensor:
+        """Maps (B,S,S) -> scores (B,): highest mean over a window, or mean of the highest pixels."""
         s = self.settings
         if s.score == "top":
             return top_mean(maps, s.top)
-        return F.avg_pool2d(maps[:, None], s.window, 1, s.window // 2).amax((1, 2, 3))
+        means = F.avg_pool2d(maps[:, None], s.window, stride=1, padding=s.window // 2)  # (B,1,S,S)
+        return means.amax((1, 2, 3))
 
     @torch.no_grad()
-    def observe(self, images, device):
-        """Size of the caches, number of steps, and images a second with the tokenizer and without it."""
+    def observe(self, images: ImageSet, device: torch.device) -> dict[str, int | float]:
+        """Size of the caches, number of steps, and images per second with the tokenizer and without it."""
         s = self.settings
         x = images.batch(range(min(s.batch_size, len(images))), device)["image"]
         tokens = self.tokens(x)
+        assert self.clean is not None, "prepare() was called"
         cached = [self.clean, *self.pool.values()]
 
-        def per_second(function):
+        def per_second(function: Callable[[], Tensor]) -> float:
             seconds = []
             for _ in range(3):
                 began = time.perf_counter()
@@ -383,7 +438,7 @@ class Model(nn.Module):
 
         with autocast(x.device, s.amp):
             return {
-                "train_steps": self.epochs * math.ceil(len(images) / s.batch_size),
+                "train_steps": self.epochs * self._steps(images),
                 "cache_mib": round(sum(c.numel() * c.element_size() for c in cached) / 2**20, 1),
                 "images_per_s": per_second(lambda: self.anomaly_map(x)),
                 "images_per_s_from_tokens": per_second(lambda: self._predict(tokens, x.shape[-2:])["map"]),
@@ -393,36 +448,37 @@ class Model(nn.Module):
 class Reconstruction(nn.Module):
     """R: tokens (B,N,D) -> the anomaly-free tokens (B,N,D). Pre-norm transformer with learned positions."""
 
-    def __init__(self, token_width, n_tokens, width, depth, heads, dropout):
+    def __init__(self, token_width: int, n_tokens: int, width: int, depth: int, heads: int, dropout: float):
         super().__init__()
         self.dropout = nn.Dropout(dropout)
         self.embed = nn.Linear(token_width, width)
         self.mask = nn.Parameter(0.02 * torch.randn(width))  # [MASK]
         self.positions = nn.Parameter(0.02 * torch.randn(n_tokens, width))
-        Block = timm.models.vision_transformer.Block
+        Block = import_timm().models.vision_transformer.Block
         self.blocks = nn.Sequential(*(Block(width, heads, qkv_bias=True) for _ in range(depth)))
         self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, token_width))
 
-    def forward(self, tokens, masked=None):
-        """`masked` (B,N) bool: tokens that are hidden behind [MASK]."""
-        return self.head(self.blocks(self._embed(tokens, masked))).float()
+    def forward(self, tokens: Tensor, masked: Tensor | None = None) -> Tensor:
+        """`masked` (B,N) bool: the tokens that [MASK] replaces."""
+        x = self._embed(tokens, masked)  # (B,N,width)
+        x = self.blocks(x)
+        return self.head(x).float()
 
-    def _embed(self, tokens, masked=None):
+    def _embed(self, tokens: Tensor, masked: Tensor | None = None) -> Tensor:
         x = self.embed(self.dropout(tokens))
         if masked is not None:
             x = torch.where(masked[..., None], self.mask.to(x.dtype), x)
         return x + self.positions
 
     @torch.no_grad()
-    def attention(self, tokens, block=-1):
-        """(B,N,D) -> (B,heads,N,N): how a block spreads each token's attention (rows) over all tokens."""
-        blocks = list(self.blocks)
-        x = self._embed(tokens)
-        for before in blocks[:block]:
-            x = before(x)
-        attn = blocks[block].attn
+    def attention(self, tokens: Tensor, block: int = -1) -> Tensor:
+        """Tokens (B,N,D) -> (B,heads,N,N): how a block spreads each token's attention (rows) over all tokens."""
+        chosen: Any = self.blocks[block]
+        x = self.blocks[:block](self._embed(tokens))  # the blocks before it
+        attn = chosen.attn
         B, N, _ = x.shape
-        q, k, _ = attn.qkv(blocks[block].norm1(x)).view(B, N, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4)
+        qkv = attn.qkv(chosen.norm1(x)).view(B, N, 3, attn.num_heads, -1)
+        q, k, _ = qkv.permute(2, 0, 3, 1, 4)  # (B,heads,N,width/heads) each
         return (q @ k.mT * attn.scale).softmax(-1)
 
 
@@ -432,31 +488,34 @@ class Segmentation(nn.Module):
     Two residual blocks on the grid, then doublings of its side, at half the channels each, until S / 2 is reached.
     """
 
-    def __init__(self, channels, grid, width, image_size):
+    def __init__(self, channels: int, grid: tuple[int, int], width: int, image_size: int):
         super().__init__()
         self.grid, self.image_size = grid, image_size
         self.embed = nn.Conv2d(channels, width, 1)
         self.residual = nn.ModuleList(nn.Sequential(*_conv(width, width), *_conv(width, width)) for _ in range(2))
-        up, side = [], min(grid)
+        up: list[nn.Module] = []
+        side = min(grid)
         while side < image_size / 2:
-            up += [nn.Upsample(scale_factor=2, mode="bilinear"), *_conv(width, max(width // 2, 8))]
-            side, width = 2 * side, max(width // 2, 8)
+            narrower = max(width // 2, 8)
+            up += [nn.Upsample(scale_factor=2, mode="bilinear"), *_conv(width, narrower)]
+            side, width = 2 * side, narrower
         self.up = nn.Sequential(*up, nn.Conv2d(width, 2, 1))
 
-    def forward(self, tokens):
-        x = self.embed(tokens.mT.unflatten(2, self.grid))
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = tokens.mT.unflatten(2, self.grid)  # (B,C,h,w)
+        x = self.embed(x)
         for block in self.residual:
             x = x + block(x)
         size = (self.image_size, self.image_size)
         return F.interpolate(self.up(x), size, mode="bilinear", align_corners=False)
 
 
-def _conv(c_in, c_out):
+def _conv(c_in: int, c_out: int) -> tuple[nn.Module, ...]:
     return nn.Conv2d(c_in, c_out, 3, padding=1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU()
 
 
-def _check(s):
-    """Settings that contradict each other or that have no meaning."""
+def _check(s: Settings) -> None:
+    """Refuse settings that contradict each other or that have no meaning."""
     if not (s.reconstruct or s.segment):
         raise UserError("reconstruct and segment are both off: nothing is left that could be trained.")
     if s.segment and not s.damage:

@@ -6,15 +6,19 @@ squared error as loss.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vitad.blocks import gaussian_blur
 from vitad.errors import UserError
+from vitad.methods.base import Method
 from vitad.training import Phase
 
 PAPER = "L2-CAE after Bergmann et al. 2019, VISAPP, 372-380"
+CATEGORY = None
 
 
 @dataclass(frozen=True)
@@ -29,39 +33,42 @@ class Settings:
     amp: bool = True
 
 
-PRESETS = {
+PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
     "small": {"epochs": 30},  # for two cores: fewer epochs, nothing else
     "demo": {"image_size": 128, "epochs": 60, "lr": 1e-3, "sigma": 2.0},
     "smoke": {"image_size": 64, "latent": 16, "epochs": 2, "sigma": 1.0, "amp": False},
 }
+VARIANTS: dict[str, dict[str, Any]] = {"full": {}}
 
 
-class Model(nn.Module):
-    """Encoder, decoder, loss and score. `weights` is accepted for uniformity; nothing here is pretrained."""
+class Model(Method):
+    """Encoder, decoder, loss and score. Nothing here is pretrained, so that `weights` has no effect."""
 
-    weights = {"source": "random"}
+    settings: Settings
 
-    def __init__(self, settings, weights="auto"):
+    def __init__(self, settings: Settings, weights: str | Path = "auto"):
         super().__init__()
         self.settings = s = settings
+        self.weights = {"source": "random"}
         stems = {64: 1, 128: 2, 256: 3, 512: 4}.get(s.image_size)
         if not stems:
             raise UserError(f"image_size={s.image_size} does not suit l2cae. Choose 64, 128, 256 or 512.")
         if s.latent < 1:
             raise UserError(f"latent={s.latent} has to be at least 1.")
-        #          channels, kernel, stride; down to 8 x 8, then one 8 x 8 convolution to the latent vector
+        # channels, kernel, stride: down to 8 x 8, then one 8 x 8 convolution to the latent vector
         layers = [(32, 4, 2)] * stems + [(32, 3, 1), (64, 4, 2), (64, 3, 1), (128, 4, 2), (64, 3, 1), (32, 3, 1)]
         self.encoder, self.decoder = nn.Sequential(), nn.Sequential()
-        c_in = 3
-        for c_out, kernel, stride in layers:
-            self.encoder += nn.Sequential(nn.Conv2d(c_in, c_out, kernel, stride, 1), nn.LeakyReLU(0.2))
-            c_in = c_out
-        self.encoder.append(nn.Conv2d(c_in, s.latent, 8))  # (B,latent,1,1), linear
-        self.decoder += nn.Sequential(nn.ConvTranspose2d(s.latent, c_in, 8), nn.LeakyReLU(0.2))
-        outs = [3] + [c for c, _, _ in layers[:-1]]
-        for c_out, (c_in, kernel, stride) in zip(reversed(outs), reversed(layers), strict=True):
-            self.decoder += nn.Sequential(nn.ConvTranspose2d(c_in, c_out, kernel, stride, 1), nn.LeakyReLU(0.2))
+        width = 3
+        for channels, kernel, stride in layers:
+            self.encoder.extend([nn.Conv2d(width, channels, kernel, stride, 1), nn.LeakyReLU(0.2)])
+            width = channels
+        self.encoder.append(nn.Conv2d(width, s.latent, 8))  # (B,latent,1,1), linear
+        # The decoder is the mirror of the encoder.
+        self.decoder.extend([nn.ConvTranspose2d(s.latent, width, 8), nn.LeakyReLU(0.2)])
+        inputs = [3] + [channels for channels, _, _ in layers[:-1]]  # of the encoder's layers
+        for c_out, (c_in, kernel, stride) in zip(reversed(inputs), reversed(layers), strict=True):
+            self.decoder.extend([nn.ConvTranspose2d(c_in, c_out, kernel, stride, 1), nn.LeakyReLU(0.2)])
         self.decoder[-1] = nn.Sigmoid()
         self.protocol = {
             "normalisation": "unit",
@@ -70,21 +77,25 @@ class Model(nn.Module):
             "checkpoint": "last epoch",
         }
 
-    def reconstruct(self, images):
-        """(B,3,S,S) in [0,1] -> (B,3,S,S) in [0,1]."""
+    def reconstruct(self, images: Tensor) -> Tensor:
+        """Images (B,3,S,S) in [0,1] -> images (B,3,S,S) in [0,1]."""
         return self.decoder(self.encoder(images))
 
-    def losses(self, batch):
-        return {"mse": F.mse_loss(self.reconstruct(batch["image"]).float(), batch["image"])}
+    def losses(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """The squared error of the reconstruction."""
+        x = batch["image"]
+        return {"mse": F.mse_loss(self.reconstruct(x).float(), x)}
 
-    def anomaly_map(self, images):
-        """(B,3,S,S) -> (B,S,S): squared error, mean over channels, smoothed."""
+    def anomaly_map(self, images: Tensor) -> Tensor:
+        """Images (B,3,S,S) -> maps (B,S,S): squared error, mean over channels, smoothed."""
         error = (images - self.reconstruct(images).float()).square().mean(1)
         return gaussian_blur(error, self.settings.sigma)
 
-    def image_score(self, maps):
+    def image_score(self, maps: Tensor) -> Tensor:
+        """Maps (B,S,S) -> scores (B,): the maximum."""
         return maps.amax((1, 2))
 
-    def phases(self):
+    def phases(self) -> list[Phase]:
+        """One phase of a fixed number of epochs."""
         s = self.settings
         return [Phase("train", list(self.parameters()), s.epochs, s.batch_size, s.lr, weight_decay=s.weight_decay)]

@@ -1,24 +1,28 @@
 """patchknn: nearest neighbours among the patches of normal images, with nothing trained.
 
 In the manner of PatchCore (Roth et al. 2022, CVPR, arXiv 2106.08265) with the tokens of a frozen DINOv2, as in
-AnomalyDINO (Damm et al. 2025, WACV, arXiv 2405.14529). What frozen features give without any learning: the
-reference that every trained method of the book has to face.
+AnomalyDINO (Damm et al. 2025, WACV, arXiv 2405.14529). It shows what frozen features give without any learning, so it
+is the reference for every trained method of the book.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
 from vitad.backbones import DINOV2_S14, intermediate, normalise, vit
 from vitad.blocks import gaussian_blur, top_mean
+from vitad.data.samples import ImageSet
 from vitad.errors import UserError
+from vitad.methods.base import Method
 from vitad.training import autocast
 
 PAPER = "patchknn in the manner of Roth et al. 2022, PatchCore, and Damm et al. 2025, AnomalyDINO"
+CATEGORY = None
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,7 @@ class Settings:
     amp: bool = True
 
 
-PRESETS = {
+PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
     "small": {"image_size": 224},
     "demo": {"image_size": 224, "bank_size": 10_000},
@@ -48,13 +52,20 @@ PRESETS = {
         "amp": False,
     },
 }
-CHUNK = 8192  # bank rows compared at a time: bounds memory, keeps the matrix product large
+VARIANTS: dict[str, dict[str, Any]] = {"full": {}}
+CHUNK = 8192  # patches of the bank that are compared at a time: limits the memory, keeps the matrix product large
 
 
-class Model(nn.Module):
-    """Frozen features, memory bank, score."""
+class Model(Method):
+    """Frozen features, memory bank and score, in that order.
 
-    def __init__(self, settings, weights="auto"):
+    `weights` is the source of the backbone's weights, as in `backbones.vit`; without `pretrained` it is not used.
+    """
+
+    settings: Settings
+    bank: Tensor  # (M,D), unit vectors
+
+    def __init__(self, settings: Settings, weights: str | Path = "auto"):
         super().__init__()
         self.settings = s = settings
         self.backbone, self.weights = vit(s.backbone, s.image_size, weights if s.pretrained else "random")
@@ -73,66 +84,72 @@ class Model(nn.Module):
         }
 
     @torch.no_grad()
-    def features(self, images):
-        """(B,3,S,S) -> (B,N,D) of unit length: mean of the chosen blocks' tokens, each after the last layer norm."""
+    def features(self, images: Tensor) -> Tensor:
+        """Images (B,3,S,S) -> features (B,N,D) of unit length.
+
+        The mean of the tokens of the chosen blocks, each after the last layer norm.
+        """
         self.backbone.eval()
         with autocast(images.device, self.settings.amp):
             tokens = intermediate(self.backbone, normalise(images), sorted(self.settings.blocks))
-        return F.normalize(torch.stack(tokens).float().mean(0), dim=-1)
+        mean = torch.stack(tokens).float().mean(0)  # (B,N,D)
+        return F.normalize(mean, dim=-1)
 
-    def prepare(self, images, device):
+    def prepare(self, images: ImageSet, device: torch.device) -> None:
         """Fill the bank with patches of the training images."""
-        s = self.settings
-        n, per_image = len(images), self.backbone.patch_embed.num_patches
-        starts = tqdm(range(0, n, s.batch_size), "memory bank", unit="batch", leave=False)
-        every = torch.cat(
-            [
-                self.features(images.batch(range(i, min(i + s.batch_size, n)), device)["image"]).flatten(0, 1)
-                for i in starts
-            ]
-        )
-        size = min(s.bank_size, n * per_image)
+        s, n = self.settings, len(images)
+        patches = []
+        for i in tqdm(range(0, n, s.batch_size), "memory bank", unit="batch", leave=False):
+            batch = images.batch(range(i, min(i + s.batch_size, n)), device)
+            patches.append(self.features(batch["image"]).flatten(0, 1))
+        every = torch.cat(patches)  # (n * N, D)
+        size = min(s.bank_size, len(every))
         if s.sampling == "random":
             chosen = torch.randperm(len(every))[:size].sort().values.to(device)
         else:
             chosen = greedy_coreset(every, size)
         self.bank = every[chosen]
 
-    def anomaly_map(self, images):
-        """(B,3,S,S) -> (B,S,S): cosine distance to the nearest patch of the bank, up-sampled, smoothed."""
+    def fill_for_timing(self) -> None:
+        """Fill the bank with random unit vectors."""
+        bank = torch.randn(self.settings.bank_size, self.bank.shape[1], device=self.bank.device)
+        self.bank = F.normalize(bank)
+
+    def anomaly_map(self, images: Tensor) -> Tensor:
+        """Images (B,3,S,S) -> maps (B,S,S): cosine distance to the nearest patch of the bank, upsampled, smoothed."""
         tokens = self.features(images)
         B, N, D = tokens.shape
         with torch.autocast(images.device.type, enabled=False):  # half precision cannot tell cosines near 1 apart
-            nearest = torch.stack([(tokens @ part.T).amax(-1) for part in self.bank.split(CHUNK)]).amax(0)
-        distance = (1 - nearest).reshape(B, 1, *self.backbone.patch_embed.grid_size)
+            nearest = [(tokens @ part.T).amax(-1) for part in self.bank.split(CHUNK)]  # (B,N) in each part
+            cosine = torch.stack(nearest).amax(0)  # (B,N)
+        distance = (1 - cosine).reshape(B, 1, *self.backbone.patch_embed.grid_size)
         maps = F.interpolate(distance, images.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
         return gaussian_blur(maps, self.settings.sigma)
 
-    def image_score(self, maps):
-        return maps.amax((1, 2)) if self.settings.score == "max" else top_mean(maps, 0.01)
+    def image_score(self, maps: Tensor) -> Tensor:
+        """Maps (B,S,S) -> scores (B,)."""
+        if self.settings.score == "max":
+            return maps.amax((1, 2))
+        return top_mean(maps, 0.01)
 
-    def losses(self, batch):
-        return {}
-
-    def phases(self):
-        return []
-
-    def _load_from_state_dict(self, state, prefix, *rest):
+    def _load_from_state_dict(self, state: dict[str, Tensor], prefix: str, *rest: Any) -> None:
         if (bank := state.get(prefix + "bank")) is not None:
-            self.bank = torch.empty_like(bank, device=self.bank.device)  # its size is data-dependent
+            self.bank = torch.empty_like(bank, device=self.bank.device)  # its size depends on the data
         super()._load_from_state_dict(state, prefix, *rest)
 
 
-def greedy_coreset(points, size, width=128):
-    """Indices of `size` of the points (M,D), each the farthest from those before (PatchCore, algorithm 1).
+def greedy_coreset(points: Tensor, size: int, width: int = 128) -> Tensor:
+    """Indices (size,) among the points (M,D), each of them the farthest from those before (PatchCore, algorithm 1).
 
-    Distances are taken after a random projection to `width` dimensions, as there.
+    Distances are computed after a random projection to `width` dimensions, as in the paper.
     """
-    flat = points @ torch.randn(points.shape[1], width).to(points) / width**0.5
+    projection = torch.randn(points.shape[1], width).to(points)
+    flat = points @ projection / width**0.5  # (M,width)
     chosen = torch.zeros(size, dtype=torch.long, device=points.device)
     chosen[0] = torch.randint(len(points), ())
     distance = torch.full((len(points),), torch.inf, device=points.device)
     for k in tqdm(range(1, size), "coreset", leave=False):
-        distance = torch.minimum(distance, (flat - flat[chosen[k - 1]]).square().sum(1))
+        to_previous = (flat - flat[chosen[k - 1]]).square().sum(1)
+        distance = torch.minimum(distance, to_previous)  # (M,): to the nearest of the chosen ones
         chosen[k] = distance.argmax()
     return chosen

@@ -1,0 +1,44 @@
+"""The interface of a method: all that the rest of the library asks of one."""
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vitad.data.samples import ImageSet
+from vitad.training import Phase
+
+
+class Method(nn.Module, ABC):
+    """An anomaly detector. B images of S x S px have values in [0,1]; maps and scores are higher the more anomalous."""
+
+    settings: Any  # the frozen dataclass `Settings` of the method's module
+    weights: dict[str, str]  # where the weights came from, for the run record: `source`, and `sha256` of a file
+    protocol: dict[str, str]  # for the run record: normalisation, smoothing, image_score, checkpoint
+
+    @abstractmethod
+    def anomaly_map(self, images: Tensor) -> Tensor:
+        """Images (B,3,S,S) -> maps (B,S,S)."""
+
+    @abstractmethod
+    def image_score(self, maps: Tensor) -> Tensor:
+        """Maps (B,S,S) -> scores (B,)."""
+
+    def losses(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """Named scalars of a batch; training minimises their sum."""
+        return {}
+
+    def phases(self) -> list[Phase]:
+        """What is trained and how, in order; a phase may have losses of its own."""
+        return []
+
+    def prepare(self, images: ImageSet, device: torch.device) -> None:
+        """Look at the training images once before training."""
+
+    def observe(self, images: ImageSet, device: torch.device) -> dict[str, int | float]:
+        """Further counts for the run record, from the training images after training."""
+        return {}
+
+    def fill_for_timing(self) -> None:
+        """Put random stand-ins of the usual size where `prepare` would put what it finds; for timing only."""
