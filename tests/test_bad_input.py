@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from vitad import runs, training
-from vitad.backbones import timm
+from vitad.backbones import import_timm
 from vitad.cli import main
 from vitad.data import samples
 
@@ -268,7 +268,7 @@ def with_weights(path, root):
 
 def test_weights_that_do_not_fit(refused, toy_root, tmp_path):
     torch.manual_seed(0)
-    state = timm.create_model("test_vit", num_classes=0).state_dict()
+    state = import_timm().create_model("test_vit", num_classes=0).state_dict()
     path = tmp_path / "weights.safetensors"
     command = with_weights(path, toy_root)
     assert "weights.safetensors does not exist" in refused(*command)

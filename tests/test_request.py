@@ -97,8 +97,10 @@ def test_a_record_of_an_older_version_still_claims_its_folder(toy_root, tmp_path
         vitad.run(request, tmp_path / "run")
 
 
-def test_a_changed_byte_is_other_data(own, tmp_path):
-    root = own("train", "test")
+def test_a_changed_byte_is_other_data(toy_root, tmp_path):
+    root = tmp_path / "mine"
+    for part in ("train", "test"):
+        shutil.copytree(toy_root / "weave" / part, root / part)
     request = Request("patchknn", "folder", preset="smoke", data_root=root, device="cpu")
     vitad.run(request, tmp_path / "run")
     image = root / "train" / "good" / "000.png"
