@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -152,7 +153,7 @@ class TestToy:
 
     def test_does_not_touch_a_folder_that_holds_something_else(self, few, tmp_path):
         (tmp_path / "mine").mkdir()
-        (tmp_path / "mine" / "image.png").write_bytes(b"dear")
+        (tmp_path / "mine" / "image.png").write_bytes(b"keep me")
         with pytest.raises(UserError, match="mine holds other files.*--dataset folder"):
             toy.ensure(tmp_path / "mine")
         assert list(files(tmp_path)) == ["mine/image.png"]
@@ -323,7 +324,7 @@ class TestHashes:
     @pytest.fixture
     def root(self, toy_root, tmp_path, cache):
         """A copy of one category, to be changed."""
-        return shutil.copytree(toy_root / "gear", tmp_path / "own")
+        return shutil.copytree(toy_root / "gear", tmp_path / "copy")
 
     @pytest.fixture
     def read_files(self, monkeypatch):
@@ -356,6 +357,12 @@ class TestHashes:
         (root / "train/good/000.png").rename(root / "train/good/999.png")
         assert data.find("folder", root).contents_sha256() != copied
 
+    def test_the_same_files_split_otherwise_are_other_data(self, toy_root, cache):
+        """Such as by another list of training images."""
+        found = data.find("toy", toy_root, "grain")
+        moved = replace(found, train=found.train + found.test[:1], test=found.test[1:])
+        assert moved.files == found.files and moved.contents_sha256() != found.contents_sha256()
+
     def test_the_hash_of_names_and_sizes_is_that_of_older_records(self, root):
         found = data.find("folder", root)
         expected = hashlib.sha256()
@@ -381,14 +388,14 @@ class TestHashes:
         assert json.loads(kept.read_text())[name] == [size, 1, digest]
 
     @pytest.mark.parametrize("damage", ["", "{", "[]", '{"a": 1}', '{"train/good/000.png": [1, 2]}', "\udcff"])
-    def test_a_damaged_cache_is_made_anew(self, root, cache, read_files, damage):
+    def test_a_damaged_cache_is_rebuilt(self, root, cache, read_files, damage):
         contents = data.find("folder", root).contents_sha256()
         (kept,) = (cache / "hashes").iterdir()
-        whole = json.loads(kept.read_text())
+        expected = json.loads(kept.read_text())
         kept.write_bytes(damage.encode(errors="surrogateescape"))
         read_files.clear()
         assert data.find("folder", root).contents_sha256() == contents and read_files
-        assert json.loads(kept.read_text()) == whole
+        assert json.loads(kept.read_text()) == expected
 
     def test_a_cache_that_cannot_be_written_costs_only_time(self, root, cache, toy_root):
         cache.write_text("a file where the folder should be")

@@ -22,7 +22,7 @@ EVERY = data.DATASETS | data.TEXTURE_SETS
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def roots(tmp_path_factory):
     """{name: tree}, to be read only."""
     roots = {name: tmp_path_factory.mktemp(name) for name in trees.WRITE}
     for name, write in trees.WRITE.items():
@@ -31,9 +31,9 @@ def whole(tmp_path_factory):
 
 
 @pytest.fixture
-def own(whole, tmp_path):
-    """Give a copy of a tree, to be harmed."""
-    return lambda name: shutil.copytree(whole[name], tmp_path / name)
+def copy_of(roots, tmp_path):
+    """Function that copies a tree, to be changed by the test."""
+    return lambda name: shutil.copytree(roots[name], tmp_path / name)
 
 
 @pytest.fixture(autouse=True)
@@ -140,16 +140,16 @@ def test_all_categories_of_a_set_without_any_are_the_set(name, category):
     assert data.get(name).resolve("all")[0] == category
 
 
-def test_all_categories_of_several_sets_at_once(whole, toy_root, tmp_path, monkeypatch):
+def test_all_categories_of_several_sets_at_once(roots, toy_root, tmp_path, monkeypatch):
     monkeypatch.delenv("VITAD_DATA", raising=False)
-    split = data.load("btad", whole["btad"], "all", image_size=16)
+    split = data.load("btad", roots["btad"], "all", image_size=16)
     assert list(dict.fromkeys(split.train.categories)) == ["btad/01", "btad/02", "btad/03"]
     assert all(
         path.startswith(key.removeprefix("btad/"))
         for path, key in zip(split.test.paths, split.test.categories, strict=True)
     )
     for name in ("btad", "ksdd2"):
-        (tmp_path / name).symlink_to(whole[name], target_is_directory=True)
+        (tmp_path / name).symlink_to(roots[name], target_is_directory=True)
     (tmp_path / "toy").symlink_to(toy_root, target_is_directory=True)
     both = data.load("btad+ksdd2", tmp_path, image_size=16)
     assert (both.name, both.category, both.split) == ("btad+ksdd2", "all", None)
@@ -167,7 +167,7 @@ def test_all_categories_of_several_sets_at_once(whole, toy_root, tmp_path, monke
         data.get("toy+visa").resolve(split="mala100")
 
 
-def test_the_table_of_several_categories_names_them(toy_root, whole):
+def test_the_table_of_several_categories_names_them(toy_root, roots):
     lines = data.describe(data.load("toy", toy_root, "all", image_size=32)).splitlines()
     assert lines[0] == "toy all, 32x32 px"
     assert lines[2].split() == ["toy/weave", "train", "good", "12"]
@@ -180,12 +180,12 @@ def test_all_of_a_user_s_folder(toy_root):
     assert one.category is None and set(one.train.categories) == {"folder"}
 
 
-# --- where it lies ----------------------------------------------------------------------------------------
+# --- its folder -------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def unset(monkeypatch):
-    """No variable says where data lie."""
+    """No variable says where the data are."""
     for variable in ("VITAD_DATA", "VITAD_MT_ROOT"):
         monkeypatch.delenv(variable, raising=False)
 
@@ -198,11 +198,11 @@ def shelf(unset, monkeypatch, tmp_path):
     return tmp_path / "shelf"
 
 
-def test_a_data_set_is_found_below_the_folder_of_the_variable(shelf, whole):
-    (shelf / "btad").symlink_to(whole["btad"], target_is_directory=True)
-    assert data.get("btad").locate() == whole["btad"]
+def test_a_data_set_is_found_below_the_folder_of_the_variable(shelf, roots):
+    (shelf / "btad").symlink_to(roots["btad"], target_is_directory=True)
+    assert data.get("btad").locate() == roots["btad"]
     assert len(data.load("btad", category="01", image_size=16).train) == 4
-    assert data.get("btad").locate(whole["visa"]) == whole["visa"]  # --data-root comes first
+    assert data.get("btad").locate(roots["visa"]) == roots["visa"]  # --data-root comes first
     assert data.get("btad").where_to_get() is None
 
 
@@ -231,13 +231,13 @@ def test_the_variable_of_the_tiles_comes_before_the_common_one(shelf, monkeypatc
     assert tiles.locate(tmp_path / "given") == tmp_path / "given"
 
 
-def test_several_data_sets_are_found_where_all_of_them_are(shelf, whole, tmp_path):
+def test_several_data_sets_are_found_where_all_of_them_are(shelf, roots, tmp_path):
     both = data.get("btad+ksdd2")
-    (shelf / "btad").symlink_to(whole["btad"], target_is_directory=True)
+    (shelf / "btad").symlink_to(roots["btad"], target_is_directory=True)
     with pytest.raises(UserError, match="'btad[+]ksdd2' needs its folder: .* VITAD_DATA .* holds 'btad' and 'ksdd2'"):
         both.locate()
     assert "'btad'" not in both.where_to_get() and "data download ksdd2 --root DIR/ksdd2" in both.where_to_get()
-    (shelf / "ksdd2").symlink_to(whole["ksdd2"], target_is_directory=True)
+    (shelf / "ksdd2").symlink_to(roots["ksdd2"], target_is_directory=True)
     assert both.locate() == shelf and both.where_to_get() is None
     found = data.find("btad+ksdd2")
     assert (found.root, found.category, len(found.train)) == (shelf, "all", 3 * 4 + 4)
@@ -286,30 +286,30 @@ def test_the_numbers_of_generated_images_are_those_of_the_generator(monkeypatch)
     assert data.get("toy").counts("quirks") is None
 
 
-def test_the_numbers_agree_with_what_is_read(whole, toy_root):
+def test_the_numbers_agree_with_what_is_read(roots, toy_root):
     for name, category in (("mvtec", "all"), ("btad", "02"), ("visa", "candle"), ("ksdd2", None)):
-        found = data.find(name, whole[name], category)
+        found = data.find(name, roots[name], category)
         assert data.get(name).counts(category) == (len(found.train), len(found.test))
 
 
 # --- what is read -----------------------------------------------------------------------------------------
 
 
-def test_mvtec(whole):
-    split = data.load("mvtec", whole["mvtec"], "Metal nut", image_size=16)
+def test_mvtec(roots):
+    split = data.load("mvtec", roots["mvtec"], "Metal nut", image_size=16)
     assert (split.name, split.category, split.split) == ("mvtec", "metal_nut", None)
     assert split.train.paths.tolist() == [f"metal_nut/train/good/00{n}.png" for n in range(3)]
     assert kinds(split.test) == {"good": 2, "bent": 2, "flip": 2}
     assert np.array_equal(split.test.masks.any((1, 2)), split.test.labels == 1)
 
 
-def test_grey_images_come_in_three_channels(whole):
-    image = data.load("mvtec", whole["mvtec"], "grid", image_size=16).train[0]["image"]
+def test_grey_images_come_in_three_channels(roots):
+    image = data.load("mvtec", roots["mvtec"], "grid", image_size=16).train[0]["image"]
     assert image.shape == (3, 16, 16) and torch.equal(image[0], image[2]) and image.std() > 0.01
 
 
-def test_a_category_that_is_not_there(own):
-    root = own("btad")
+def test_a_category_that_is_not_there(copy_of):
+    root = copy_of("btad")
     with pytest.raises(UserError, match="unknown category of btad '04'"):
         data.load("btad", root, "04")
     shutil.rmtree(root / "03")
@@ -318,9 +318,9 @@ def test_a_category_that_is_not_there(own):
 
 
 @pytest.mark.parametrize("product, suffix, marked", [("01", ".bmp", 3), ("02", ".png", 2), ("03", ".BMP", 3)])
-def test_btad(product, suffix, marked, whole):
+def test_btad(product, suffix, marked, roots):
     """Masks are found whatever their suffix; a value of 1 counts; an empty mask leaves the label."""
-    split = data.load("btad", whole["btad"], product, image_size=(12, 16))
+    split = data.load("btad", roots["btad"], product, image_size=(12, 16))
     assert len(split.train) == 4 and kinds(split.test) == {"good": 2, "ko": 3}
     assert split.test.paths.tolist()[:3] == [f"{product}/test/ko/{n}{suffix}" for n in ("0025", "0026", "0028")]
     assert split.test.labels.tolist() == [1, 1, 1, 0, 0]
@@ -329,15 +329,15 @@ def test_btad(product, suffix, marked, whole):
     assert data.describe(split).splitlines()[-1].split() == ["test", "ko", "3", str(marked)]
 
 
-def test_of_two_masks_with_one_stem_the_png_counts(own):
-    root = own("btad")
+def test_of_two_masks_with_one_stem_the_png_counts(copy_of):
+    root = copy_of("btad")
     trees.mask(root / "01/ground_truth/ko/0025.bmp", 0, (16, 16))
     test = data.find("btad", root, "01").test
     assert test[0].mask.name == "0025.png"
 
 
-def test_visa_is_split_by_its_file(whole):
-    split = data.load("visa", whole["visa"], "Pipe fryum", image_size=16)
+def test_visa_is_split_by_its_file(roots):
+    split = data.load("visa", roots["visa"], "Pipe fryum", image_size=16)
     normal = "pipe_fryum/Data/Images/Normal"
     assert split.train.paths.tolist() == [f"{normal}/{n}.JPG" for n in ("0001", "0002", "0004")]
     assert split.test.paths.tolist()[:2] == [f"{normal}/{n}.JPG" for n in ("0000", "0003")]
@@ -347,10 +347,10 @@ def test_visa_is_split_by_its_file(whole):
     assert areas.min() == areas.max() > 0
 
 
-def test_visa_converted_gives_the_same(whole, tmp_path):
-    trees.visa_converted(whole["visa"], tmp_path)
+def test_visa_converted_gives_the_same(roots, tmp_path):
+    trees.visa_converted(roots["visa"], tmp_path)
     assert not verify.verify("visa", tmp_path).differences
-    raw, converted = (data.load("visa", root, "candle", image_size=16) for root in (whole["visa"], tmp_path))
+    raw, converted = (data.load("visa", root, "candle", image_size=16) for root in (roots["visa"], tmp_path))
     for part in ("train", "test"):
         one, other = getattr(raw, part), getattr(converted, part)
         order = {path.rpartition("/")[2]: i for i, path in enumerate(one.paths)}
@@ -361,8 +361,8 @@ def test_visa_converted_gives_the_same(whole, tmp_path):
             assert torch.equal(one.batch(same)[name], other.batch(range(len(other)))[name])
 
 
-def test_a_split_file_that_does_not_fit_is_refused(own):
-    root = own("visa")
+def test_a_split_file_that_does_not_fit_is_refused(copy_of):
+    root = copy_of("visa")
     path = root / visa.SPLIT_FILE
     text = path.read_text()
 
@@ -390,9 +390,9 @@ def test_a_split_file_that_does_not_fit_is_refused(own):
         data.load("visa", root, "candle")
 
 
-def test_ksdd2_trains_on_what_its_masks_call_good(whole):
+def test_ksdd2_trains_on_what_its_masks_call_good(roots):
     """And knows the pairs by their five digits: `10301_GT (copy).png` is neither an image nor a mask."""
-    split = data.load("ksdd2", whole["ksdd2"], image_size=(64, 24))
+    split = data.load("ksdd2", roots["ksdd2"], image_size=(64, 24))
     assert (split.category, split.split) == ("ksdd2", None)
     assert split.train.paths.tolist() == [f"train/{n}.png" for n in (10300, 10301, 10303, 10305)]
     assert kinds(split.test) == {"good": 4, "defect": 2} and split.test.labels.tolist() == [0, 1, 0, 1, 0, 0]
@@ -400,8 +400,8 @@ def test_ksdd2_trains_on_what_its_masks_call_good(whole):
     assert not split.train.masks.any()
 
 
-def test_ksdd2_without_a_readable_mask_is_refused(own):
-    root = own("ksdd2")
+def test_ksdd2_without_a_readable_mask_is_refused(copy_of):
+    root = copy_of("ksdd2")
     truth = root / "train" / "10303_GT.png"
     truth.write_bytes(truth.read_bytes()[:40])
     with pytest.raises(UserError, match="10303.png has no readable mask, which holds its label"):
@@ -415,8 +415,8 @@ def test_ksdd2_without_a_readable_mask_is_refused(own):
         data.load("ksdd2", root, image_size=16)
 
 
-def test_a_changed_mask_changes_the_label(own):
-    root = own("ksdd2")
+def test_a_changed_mask_changes_the_label(copy_of):
+    root = copy_of("ksdd2")
     assert len(data.find("ksdd2", root).train) == 4
     trees.mask(root / "train" / "10303_GT.png", 1, (21, 61))
     os.utime(root / "train" / "10303_GT.png", ns=(1, 1))
@@ -424,9 +424,9 @@ def test_a_changed_mask_changes_the_label(own):
 
 
 @pytest.mark.parametrize("name, category", [("visa", "Candles"), ("ksdd2", None)])
-def test_a_run_on_it(name, category, whole, tmp_path):
+def test_a_run_on_it(name, category, roots, tmp_path):
     where = ["--category", category] if category else []
-    command = ["run", "patchknn", "--dataset", name, *where, "--data-root", str(whole[name]), "--preset", "smoke"]
+    command = ["run", "patchknn", "--dataset", name, *where, "--data-root", str(roots[name]), "--preset", "smoke"]
     assert main([*command, "--out", str(tmp_path / "out")]) == 0
     assert (tmp_path / "out" / "record.json").exists()
 
@@ -441,24 +441,24 @@ def row(output, *words):
 
 
 @pytest.mark.parametrize("name", trees.WRITE)
-def test_a_whole_data_set_verifies(name, whole, capsys):
-    assert main(["data", "verify", name, "--root", str(whole[name])]) == 0
+def test_a_whole_data_set_verifies(name, roots, capsys):
+    assert main(["data", "verify", name, "--root", str(roots[name])]) == 0
     output = capsys.readouterr().out
     number = str(sum(sum(counts.values()) for counts in trees.COUNTS[name].values()))
     assert row(output, "total") == [number, number]
     assert output.splitlines()[-1] == "as it should be" and "differs" not in output
 
 
-def test_the_table_goes_by_category_part_and_kind(whole, capsys):
-    main(["data", "verify", "btad", "--root", str(whole["btad"])])
+def test_the_table_goes_by_category_part_and_kind(roots, capsys):
+    main(["data", "verify", "btad", "--root", str(roots["btad"])])
     output = capsys.readouterr().out
     assert row(output, "02", "test", "ko") == ["3", "3"] and row(output, "03", "train", "good") == ["4", "4"]
     # Nobody has published how many of its masks are empty: shown, compared with nothing.
     assert row(output, "empty", "masks") == ["-", "1", "02/ground_truth/ko/0028.png"]
 
 
-def test_what_is_no_part_of_a_data_set_is_shown(whole):
-    expected, names = verify.verify("ksdd2", whole["ksdd2"]).checks["image files left out"]
+def test_what_is_no_part_of_a_data_set_is_shown(roots):
+    expected, names = verify.verify("ksdd2", roots["ksdd2"]).checks["image files left out"]
     assert (expected, names) == (None, ["train/10301 (copy).png", "train/10301_GT (copy).png"])
 
 
@@ -529,15 +529,15 @@ def empty_mask(root):
         empty_mask,
     ],
 )
-def test_what_differs_is_named_and_is_the_exit_status(harm, own, capsys):
-    root = own("mvtec")
+def test_what_differs_is_named_and_is_the_exit_status(harm, copy_of, capsys):
+    root = copy_of("mvtec")
     difference = harm(root)
     assert main(["data", "verify", "mvtec", "--root", str(root)]) == 1
     assert difference in capsys.readouterr().out.splitlines()
 
 
-def test_files_that_are_the_trouble_are_named(own, capsys):
-    root = own("mvtec")
+def test_files_that_are_the_trouble_are_named(copy_of, capsys):
+    root = copy_of("mvtec")
     harm_image(root)
     lose_mask(root)
     main(["data", "verify", "mvtec", "--root", str(root)])
@@ -546,15 +546,15 @@ def test_files_that_are_the_trouble_are_named(own, capsys):
     assert row(output, "images", "without", "a", "mask") == ["0", "1", "grid/test/glue/000.png"]
 
 
-def test_duplicates_are_found_across_names_and_categories(own):
-    root = own("mvtec")
+def test_duplicates_are_found_across_names_and_categories(copy_of):
+    root = copy_of("mvtec")
     shutil.copy(root / "grid/train/good/000.png", root / "metal_nut/test/good/001.png")
     expected, names = verify.verify("mvtec", root).checks["duplicate images"]
     assert (expected, names) == (None, ["grid/train/good/000.png = metal_nut/test/good/001.png"])
 
 
-def test_one_category_is_verified_alone(own, tmp_path):
-    root = own("mvtec")
+def test_one_category_is_verified_alone(copy_of, tmp_path):
+    root = copy_of("mvtec")
     harm_count(root)
     report = verify.verify("mvtec", root, "Metal nut")
     assert report.title == f"mvtec metal_nut in {root}" and not report.differences
@@ -570,26 +570,26 @@ def test_one_category_is_verified_alone(own, tmp_path):
         verify.verify("mvtec", root, "gird")
 
 
-def test_one_category_of_other_layouts(whole, toy_root):
-    assert verify.verify("ksdd2", whole["ksdd2"], "ksdd2") == verify.verify("ksdd2", whole["ksdd2"])
-    assert verify.verify("visa", whole["visa"], "Candles").title.startswith("visa candle in")
+def test_one_category_of_other_layouts(roots, toy_root):
+    assert verify.verify("ksdd2", roots["ksdd2"], "ksdd2") == verify.verify("ksdd2", roots["ksdd2"])
+    assert verify.verify("visa", roots["visa"], "Candles").title.startswith("visa candle in")
     assert verify.verify("folder", toy_root, "gear").title == f"folder gear in {toy_root}"
     with pytest.raises(UserError, match="unknown category in .* 'gears'. Did you mean 'gear'"):
         verify.verify("folder", toy_root, "gears")
     with pytest.raises(UserError, match="gear holds no categories, but category 'weave' was given"):
         verify.verify("folder", toy_root / "gear", "weave")
     with pytest.raises(UserError, match="'dtd' has no categories"):
-        verify.verify("dtd", whole["dtd"], "banded")
+        verify.verify("dtd", roots["dtd"], "banded")
 
 
-def test_other_layouts_are_verified_too(own):
+def test_other_layouts_are_verified_too(copy_of):
     """Files that VisA's list names and that are gone; a mask of KolektorSDD2 that is gone, and its label with it."""
-    root = own("visa")
+    root = copy_of("visa")
     (root / "candle/Data/Images/Normal/0001.JPG").unlink()
     report = verify.verify("visa", root)
     assert "candle train good: 2 images, 3 published" in report.differences
     assert report.checks["unreadable files"][1] == ["candle/Data/Images/Normal/0001.JPG"]
-    root = own("ksdd2")
+    root = copy_of("ksdd2")
     (root / "test" / "20001_GT.png").unlink()
     report = verify.verify("ksdd2", root)
     assert report.checks["images without a mask"] == (0, ["test/20001.png"])
@@ -602,7 +602,7 @@ def test_a_users_own_images_are_verified_without_published_counts(toy_root, tmp_
     output = capsys.readouterr().out
     assert row(output, "gear", "train", "good") == ["-", "12"] and row(output, "weave", "test", "hole") == ["-", "2"]
     assert row(output, "empty", "masks")[:2] == ["-", "1"]
-    root = shutil.copytree(toy_root / "gear", tmp_path / "own")
+    root = shutil.copytree(toy_root / "gear", tmp_path / "mine")
     shutil.copy(root / "train/good/000.png", root / "test/good/000.png")
     assert main([*command, str(root)]) == 1
     assert "duplicate images: 1, expected 0" in capsys.readouterr().out

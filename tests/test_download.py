@@ -24,10 +24,17 @@ EVERY = DATASETS | TEXTURE_SETS
 
 
 class Server:
-    """Serves `content` at any path. `asked` lists what ranges were asked for; `stop_after` breaks an answer off."""
+    """Serves `content` at any path. `requested` lists the ranges of all requests; `stop_after` cuts an answer off."""
 
     def __init__(self):
-        self.content, self.asked, self.stop_after, self.ranges, self.status, self.delay = b"", [], None, True, None, 0
+        self.content, self.requested, self.stop_after, self.ranges, self.status, self.delay = (
+            b"",
+            [],
+            None,
+            True,
+            None,
+            0,
+        )
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -42,12 +49,12 @@ class Server:
         self.url = f"http://127.0.0.1:{self.http.server_port}/archive"
 
     def answer(self, handler):
-        asked = handler.headers["Range"]
-        self.asked.append(asked)
+        requested = handler.headers["Range"]
+        self.requested.append(requested)
         time.sleep(self.delay)
         if self.status:
             return handler.send_error(self.status)
-        start = int(asked.removeprefix("bytes=").rstrip("-")) if asked and self.ranges else 0
+        start = int(requested.removeprefix("bytes=").rstrip("-")) if requested and self.ranges else 0
         if start and start >= len(self.content):
             return handler.send_error(416)
         handler.send_response(206 if start else 200)
@@ -108,7 +115,7 @@ def offered(server, tmp_path, monkeypatch):
 
 @pytest.fixture
 def place(tmp_path):
-    """A folder for data sets, in which nothing else lies."""
+    """A folder for data sets, in which nothing else is."""
     (tmp_path / "data").mkdir()
     return tmp_path / "data"
 
@@ -128,7 +135,7 @@ def contents(root):
     return {p.relative_to(root).as_posix(): p.is_file() and p.read_bytes() for p in root.rglob("*")}
 
 
-# --- the way there ----------------------------------------------------------------------------------------
+# --- fetching ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -157,7 +164,7 @@ def test_the_licence_comes_first_and_has_to_be_accepted(offered, place, server, 
     printed = capsys.readouterr()
     assert "licence: CC BY-SA 4.0 by its authors' read-me, CC BY-NC-SA 4.0" in printed.out
     assert printed.err.count("\n") == 1 and "nothing was fetched" in printed.err and "--accept-licence" in printed.err
-    assert not server.asked and not list(place.iterdir())
+    assert not server.requested and not list(place.iterdir())
 
 
 def test_every_source_states_a_licence_and_a_page_and_a_checksum_of_the_right_form():
@@ -173,7 +180,7 @@ def test_every_source_states_a_licence_and_a_page_and_a_checksum_of_the_right_fo
 def test_a_second_call_fetches_nothing(offered, place, server, capsys):
     offered()
     assert fetch(place / "btad") == fetch(place / "btad") == 0
-    assert len(server.asked) == 1 and "already whole" in capsys.readouterr().out
+    assert len(server.requested) == 1 and "already whole" in capsys.readouterr().out
 
 
 def test_an_empty_folder_is_used_and_one_with_other_files_left_alone(offered, place, server, capsys):
@@ -181,10 +188,10 @@ def test_an_empty_folder_is_used_and_one_with_other_files_left_alone(offered, pl
     (place / "btad").mkdir()
     assert fetch(place / "btad") == 0
     (place / "mine").mkdir()
-    (place / "mine" / "image.png").write_bytes(b"dear")
+    (place / "mine" / "image.png").write_bytes(b"keep me")
     assert fetch(place / "mine") == 2
     assert "mine holds other files than the data set 'btad', or not all of it" in line(capsys)
-    assert contents(place / "mine") == {"image.png": b"dear"} and len(server.asked) == 1
+    assert contents(place / "mine") == {"image.png": b"keep me"} and len(server.requested) == 1
 
 
 def test_another_address_serves_the_same_archive(offered, place, server, tmp_path):
@@ -192,7 +199,7 @@ def test_another_address_serves_the_same_archive(offered, place, server, tmp_pat
     (tmp_path / "by hand.zip").write_bytes(content)
     assert fetch(place / "one", "--url", f"{server.url}/mirror?id=7") == 0
     assert fetch(place / "two", "--url", (tmp_path / "by hand.zip").as_uri()) == 0
-    assert len(server.asked) == 1 and contents(place / "one") == contents(place / "two")
+    assert len(server.requested) == 1 and contents(place / "one") == contents(place / "two")
 
 
 def test_the_tiles_are_cloned(place, capsys):
@@ -201,7 +208,7 @@ def test_the_tiles_are_cloned(place, capsys):
     assert f"git clone {EVERY['mt'].source.page} {place / 'mt'} && git -C {place / 'mt'} checkout" in line(capsys)
 
 
-# --- on the way -------------------------------------------------------------------------------------------
+# --- broken downloads -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("ranges", [True, False])
@@ -216,7 +223,7 @@ def test_a_broken_download_goes_on_where_it_broke_off(ranges, offered, place, se
     assert fetch(place / "btad") == 2
     server.stop_after = None
     assert fetch(place / "btad") == 0
-    assert server.asked == [None, "bytes=5000-", "bytes=8000-"] and len(content) > 8000
+    assert server.requested == [None, "bytes=5000-", "bytes=8000-"] and len(content) > 8000
     assert [p.name for p in place.iterdir()] == ["btad"]
 
 
@@ -225,7 +232,7 @@ def test_a_download_that_lacked_nothing_but_its_name(offered, place, server):
     (place / ".btad.download").mkdir()
     (place / ".btad.download" / "archive.part").write_bytes(content)
     assert fetch(place / "btad") == 0
-    assert server.asked == [f"bytes={len(content)}-"]
+    assert server.requested == [f"bytes={len(content)}-"]
 
 
 def test_the_connection_dies_without_a_length(offered, place, server, monkeypatch, capsys):
@@ -249,7 +256,7 @@ def test_an_archive_that_was_kept_and_is_damaged_is_fetched_again(offered, place
     offered()
     (place / ".btad.download").mkdir()
     (place / ".btad.download" / "archive").write_bytes(b"damaged")
-    assert fetch(place / "btad") == 0 and server.asked == [None]
+    assert fetch(place / "btad") == 0 and server.requested == [None]
 
 
 @pytest.mark.parametrize("algorithm", ["sha256", "md5"])
@@ -257,10 +264,10 @@ def test_another_file_is_recognised_and_deleted(algorithm, offered, place, serve
     content = offered(algorithm=algorithm)
     server.content = content[:-1] + b"?"
     assert fetch(place / "btad") == 2
-    said = line(capsys)
+    message = line(capsys)
     expected, found = (hashlib.new(algorithm, c).hexdigest() for c in (content, server.content))
-    assert f"has the {algorithm} {found} instead of {expected}" in said
-    assert "--url" in said and EVERY["btad"].source.page in said
+    assert f"has the {algorithm} {found} instead of {expected}" in message
+    assert "--url" in message and EVERY["btad"].source.page in message
     assert not list(place.iterdir())
     server.content = content
     assert fetch(place / "btad") == 0
@@ -275,7 +282,7 @@ def test_what_a_dead_link_answers_is_said(offered, place, server, capsys):
 
 
 @pytest.mark.parametrize(
-    "url, said",
+    "url, message",
     [
         ("http://nowhere.invalid/btad.zip", "cannot reach http://nowhere.invalid/btad.zip"),
         ("http://127.0.0.1:1/btad.zip", "Connection refused"),
@@ -284,11 +291,11 @@ def test_what_a_dead_link_answers_is_said(offered, place, server, capsys):
         ("btad.zip", "address 'btad.zip' is not usable"),
     ],
 )
-def test_without_a_network_there_is_one_line_soon(url, said, place, monkeypatch, capsys):
+def test_without_a_network_there_is_one_line_soon(url, message, place, monkeypatch, capsys):
     monkeypatch.setenv("no_proxy", "*")
     begun = time.monotonic()
     assert fetch(place / "btad", "--url", url) == 2
-    assert said in line(capsys) and time.monotonic() - begun < 10
+    assert message in line(capsys) and time.monotonic() - begun < 10
     assert not list(place.iterdir())
 
 
@@ -325,7 +332,7 @@ def test_a_half_unpacked_folder_is_never_the_data_set(offered, place, server, mo
     half.mkdir(parents=True)
     (half / "stale.png").touch()
     assert fetch(place / "btad") == 0
-    assert len(server.asked) == 1 and not list(place.rglob("stale.png"))
+    assert len(server.requested) == 1 and not list(place.rglob("stale.png"))
     assert [p.name for p in place.iterdir()] == ["btad"]
 
 
@@ -339,7 +346,7 @@ def test_a_full_disk_keeps_what_was_fetched(offered, place, server, monkeypatch,
         patch.setattr(download.shutil, "copyfileobj", full)
         assert fetch(place / "btad") == 2
     assert "No space left on device" in line(capsys) and not (place / "btad").exists()
-    assert fetch(place / "btad") == 0 and len(server.asked) == 1
+    assert fetch(place / "btad") == 0 and len(server.requested) == 1
 
 
 def test_other_counts_than_the_published_ones_are_said(offered, place, server, tmp_path, capsys):
@@ -407,11 +414,11 @@ HOSTILE = [
 ]
 
 
-@pytest.mark.parametrize("content, said", HOSTILE)
-def test_hostile_members_are_refused_and_nothing_is_kept(content, said, tmp_path):
+@pytest.mark.parametrize("content, message", HOSTILE)
+def test_hostile_members_are_refused_and_nothing_is_kept(content, message, tmp_path):
     (tmp_path / "work").mkdir()
     (tmp_path / "archive").write_bytes(content)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         unpack(tmp_path / "archive", tmp_path / "work" / "unpacked", limit=2000)
     assert contents(tmp_path) == {"archive": content, "work": False}
     assert not os.path.exists("/evil")
@@ -425,6 +432,23 @@ def test_many_small_members_exceed_the_limit_together(make, tmp_path):
     with pytest.raises(UserError, match="'01/second' makes it larger than allowed"):
         unpack(tmp_path / "archive", tmp_path / "unpacked", limit=1499)
     assert not (tmp_path / "unpacked").exists()
+
+
+def test_backslashes_of_a_zip_file_separate_folders(tmp_path):
+    (tmp_path / "archive").write_bytes(zip_with("01\\train\\ok.png"))
+    unpack(tmp_path / "archive", tmp_path / "unpacked")
+    assert (tmp_path / "unpacked" / "01" / "train" / "ok.png").read_bytes() == b"x"
+
+
+def test_files_can_be_read_whatever_the_modes_in_the_archive(tmp_path):
+    with tarfile.open(tmp_path / "archive", "w") as archive:
+        for name, kind in (("01", tarfile.DIRTYPE), ("01/a.png", tarfile.REGTYPE)):
+            member = tarfile.TarInfo(name)
+            member.type, member.mode = kind, 0
+            archive.addfile(member)
+    unpack(tmp_path / "archive", tmp_path / "unpacked")
+    for name in ("01", "01/a.png"):
+        assert (tmp_path / "unpacked" / name).stat().st_mode & stat.S_IRUSR
 
 
 def broken():

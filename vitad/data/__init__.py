@@ -2,8 +2,8 @@
 
 `toy` is generated. The others are read from `root` (`--data-root`), or from the folder of their name below the one that
 the environment variable `VITAD_DATA` names. The category `all` takes those of a data set together, and `mvtec+visa`
-takes two data sets together, for one model. `vitad.data.download` fetches published sets, `vitad.data.verify` checks
-them.
+takes two data sets together, for one model. `vitad.data.download` fetches published sets, and `vitad.data.verify`
+checks what is on the disk.
 
 To add a data set, write a module in `vitad/data/sets/` with a subclass of `vitad.data.dataset.Dataset` and its instance
 `DATASET`, and add the module's name to `DATASETS` below.

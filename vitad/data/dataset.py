@@ -1,4 +1,4 @@
-"""What a data set is: where it lies, its categories and splits, its images, and what is published of it.
+"""What a data set is: its folder, its categories and splits, its images, and what is published of it.
 
 Each module of `vitad.data.sets` holds one subclass of `Dataset` with an instance `DATASET`, which `vitad.data`
 registers. `mvtec+visa` is a `JoinedDataset`.
@@ -88,7 +88,7 @@ class Dataset:
         raise NotImplementedError
 
     def categories(self, root: Path | None = None) -> list[str | None]:
-        """All categories, [None] where there are none. Only a user's own have to be looked up in `root`."""
+        """All categories, [None] where there are none. Those of a user's images are looked up in `root`."""
         return list(self.published) or [None]
 
     def resolve(self, category: str | None = None, split: str | None = None) -> tuple[str | None, str | None]:
@@ -106,14 +106,14 @@ class Dataset:
     def locate(self, root: str | Path | None = None) -> Path:
         """The folder of the data set, absolute; it need not exist where `root` names it.
 
-        Without `root` it is what the set's own `variable` names, or the folder `name` below `VITAD_DATA`.
+        Without `root` it is what the set's `variable` names, or the folder `name` below `VITAD_DATA`.
         """
         root = root or (self.variable and os.environ.get(self.variable)) or self._below_variable()
         if not root:
-            own = f" or set {self.variable}," if self.variable else ""
+            alternative = f" or set {self.variable}," if self.variable else ""
             raise UserError(
-                f"dataset '{self.name}' needs its folder: give --data-root{own} or set {VARIABLE} to the folder that "
-                f"holds '{self.name}'{_value_now()}."
+                f"dataset '{self.name}' needs its folder: give --data-root{alternative} or set {VARIABLE} to the "
+                f"folder that holds '{self.name}'{_value_now()}."
             )
         return Path(root).expanduser().resolve()
 
@@ -147,7 +147,7 @@ class Dataset:
         return train, test
 
     def where_to_get(self, root: str | Path | None = None) -> str | None:
-        """Where to get the data set, as text; None where its folder is at hand."""
+        """Where to get the data set, as text; None where its folder exists."""
         try:
             folder = self.locate(root)
         except UserError:
@@ -155,7 +155,7 @@ class Dataset:
         return None if folder.is_dir() else self.how_to_get(f" in {folder}")
 
     def how_to_get(self, place: str = "", target: str = "DIR") -> str:
-        """The text of `where_to_get` for a data set that is not at hand in `place` and goes to `target`."""
+        """The text of `where_to_get` for a data set that is missing in `place` and has to go to `target`."""
         lines = [f"data: '{self.name}' is not at hand{place}. Give its folder with --data-root DIR."]
         if self.source:
             lines.append(f"  page {self.source.page}, licence {self.source.licence}")
@@ -167,7 +167,7 @@ class Dataset:
 
     def _resolve_category(self, category: str | None) -> str | None:
         choices = self.categories() if self.published else []
-        if not choices:  # a user's own folders, which are not looked at here
+        if not choices:  # the folders of a user's images, which are not looked at now
             return category or self.default_category
         if choices == [None]:
             if category not in (None, ALL):
@@ -208,7 +208,7 @@ class Dataset:
 class JoinedDataset(Dataset):
     """Several data sets for one model, such as `mvtec+visa`: all categories of each, in the folders of their names.
 
-    `records` and `scan` are those of its `parts`.
+    It has no `records` and no `scan`; `select` collects the records of its `parts`.
     """
 
     default_category = ALL
@@ -253,7 +253,7 @@ class JoinedDataset(Dataset):
         return [r for train, _ in selected for r in train], [r for _, test in selected for r in test]
 
     def where_to_get(self, root: str | Path | None = None) -> str | None:
-        """Where to get the parts that are not at hand, as text; None where all are."""
+        """Where to get the parts whose folders are missing, as text; None where all exist."""
         try:
             folder = self.locate(root)
         except UserError:
@@ -285,16 +285,16 @@ class Found:
 
     @property
     def files(self) -> list[Path]:
-        """All images, each with its mask behind it, in the order of the records."""
+        """All images, each followed by its mask, in the order of the records."""
         return [path for r in (*self.train, *self.test) for path in (r.path, r.mask) if path]
 
     def contents_sha256(self) -> str:
         """Hash of the relative names and the contents of all files, so that other data is another run.
 
-        Each file is read once; `vitad.data.hashes` keeps its hash.
+        It also covers how many images are for training. Each file is read once; `vitad.data.hashes` keeps its hash.
         """
         files = self.files
-        digest = hashlib.sha256()
+        digest = hashlib.sha256(f"{len(self.train)} training images\n".encode())
         for path, contents in zip(files, hash_files(files, self.root), strict=True):
             digest.update(f"{path.relative_to(self.root).as_posix()} {contents}\n".encode())
         return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""Fetch a published data set: its licence accepted, its checksum compared, unpacked whole or not at all.
+"""Fetch a published data set: its licence accepted, its checksum compared, unpacked completely or not at all.
 
 pooch compares the checksum and gives the file its name. It cannot continue a download of gigabytes where it broke off,
 so that is added here. The checksums come from public code (anomalib, torchvision); where none is known, only the counts
@@ -121,7 +121,7 @@ def download(
 
 
 def fetch(url: str, path: Path, source: Source) -> None:
-    """Download to `path`, unless a file with the right checksum is there; continues `<path>.part` where it ends."""
+    """Download to `path`, unless a file with the right checksum is there; continues `<path>.part`."""
     part = path.with_name(f"{path.name}.part")
 
     def continue_download(url: str, target: str, _: object) -> None:
@@ -146,7 +146,7 @@ def fetch(url: str, path: Path, source: Source) -> None:
 
 
 def _receive(response: HTTPResponse, part: Path) -> bool:
-    """Write the response to `part`, behind what is there if the server continues it; False if the end is missing."""
+    """Write the response to `part`, after its present end if the server continues it; False if bytes are missing."""
     continued = response.status == 206
     have, length = part.stat().st_size if continued else 0, response.headers["Content-Length"]
     total = have + int(length) if length else None
@@ -182,7 +182,7 @@ def _request(url: str, have: int, source: Source) -> HTTPResponse | None:
 
 
 def unpack(archive: Path, target: Path, limit: int = UNPACKED_LIMIT) -> None:
-    """Unpack a tar or zip file into the folder `target`, which is made anew.
+    """Unpack a tar or zip file into the folder `target`, whose old contents are deleted.
 
     Raises
     ------

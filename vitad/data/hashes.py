@@ -1,6 +1,6 @@
 """Hashes of a data set's files, kept so that the files are read only once.
 
-The hashes of a data folder lie in one JSON file of the cache: `{relative name: [size, mtime_ns, sha256]}`. A file is
+The hashes of a data folder are in one JSON file of the cache: `{relative name: [size, mtime_ns, sha256]}`. A file is
 read again when its size or its time of change differs.
 """
 
@@ -22,7 +22,7 @@ BAR_FROM = 200  # files to read, above which a progress bar is shown
 
 
 def hash_files(paths: list[Path], root: Path) -> list[str]:
-    """The sha256 of each file's contents; all lie below `root`."""
+    """The sha256 of each file's contents; all are below `root`."""
     names = [path.relative_to(root).as_posix() for path in paths]
     stamps = dict(zip(names, map(_stamp, paths), strict=True))  # taken first: a file that changes later is read again
     cache_file = _cache_file(root)

@@ -31,7 +31,7 @@ CountRow = tuple[str, str, str, int | None, int]
 
 @dataclass(frozen=True)
 class Report:
-    """What `verify` found; `str` gives it as a table.
+    """The result of `verify`; `str` gives it as a table.
 
     A number that nobody has published is None; it is shown and compared with nothing.
 
@@ -156,7 +156,7 @@ def verify(name: str, root: str | Path | None = None, category: str | None = Non
 
 
 def _scan(name: str, root: str | Path | None, category: str | None) -> tuple[Dataset, Path, dict[str | None, Scan]]:
-    """The data set, its folder, and what is there of each category to check."""
+    """The data set, its folder, and the files of each category to check."""
     datasets = DATASETS | TEXTURE_SETS
     if name not in datasets:
         raise unknown("dataset", name, datasets)

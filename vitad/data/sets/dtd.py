@@ -1,6 +1,6 @@
 """DTD, the Describable Textures (Cimpoi et al. 2014): 47 classes of 120 images, for synthetic damage only.
 
-images/<class>/<class>_NNNN.jpg, of many sizes. The published splits do not matter here.
+images/<class>/<class>_NNNN.jpg, of many sizes. The published splits are not used.
 """
 
 from pathlib import Path

@@ -3,7 +3,7 @@
 {train,test}/<five digits>.png with the mask <five digits>_GT.png beside it, for good images too.
 
 There are no folders by label: an image is anomalous where its mask holds anything but zero. The published split is
-made for supervised training and has 246 anomalous images in `train`; those are left out here. Names that are not five
+made for supervised training and has 246 anomalous images in `train`; those are left out. Names that are not five
 digits, such as the archive's `10301 (copy).png`, are not images of the data set.
 """
 

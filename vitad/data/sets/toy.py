@@ -40,7 +40,7 @@ DEFECTS = {
 
 
 class Toy(MVTecLayout):
-    """Generated where it is looked for: in the cache, or in a folder that the user names."""
+    """Generated on first use, in the cache or in a folder that the user names."""
 
     name = "toy"
     title = "the embedded data set, generated"
@@ -52,7 +52,7 @@ class Toy(MVTecLayout):
         return list(DEFECTS)
 
     def locate(self, root: str | Path | None = None) -> Path:
-        """The folder of the data set, which is generated there if it has not been."""
+        """The folder of the data set, by default in the cache whatever `VITAD_DATA` is; generated if it is missing."""
         return ensure(root).expanduser().resolve()
 
     def counts(self, category: str | None = None, split: str | None = None) -> tuple[int, int] | None:
@@ -72,7 +72,7 @@ DATASET = Toy()
 
 
 def ensure(root: str | Path | None = None, seed: int = 0) -> Path:
-    """Folder of the data set, by default in the cache; it is generated there if it has not been.
+    """Folder of the data set, by default in the cache; generated if it is missing.
 
     Raises
     ------
@@ -220,7 +220,7 @@ def _damage(rng: Generator, image: ndarray, kind: str, within: ndarray) -> tuple
         alpha = {"scratch": _scratch, "hole": _hole, "stain": _stain}[kind](rng, (float(ys[k]), float(xs[k])))
         alpha = alpha * gaussian_filter(within.astype(float), 1)
         mask = alpha > 0.3
-        if mask.sum() >= 60:  # a defect that lies almost wholly outside is drawn again
+        if mask.sum() >= 60:  # a defect that is almost entirely outside is drawn again
             break
     if image.ndim == 3:
         alpha = alpha[..., None]
