@@ -1,5 +1,6 @@
-"""The four figures against independent references: scikit-learn, and a plain sweep over all thresholds for PRO."""
+"""The metrics against independent references: scikit-learn, and a plain sweep over all thresholds for PRO."""
 
+import doctest
 import tracemalloc
 
 import numpy as np
@@ -7,8 +8,9 @@ import pytest
 import torch
 from sklearn.metrics import average_precision_score, roc_auc_score
 
+from vitad import metrics
 from vitad.errors import UserError
-from vitad.metrics import evaluate, pro_curve
+from vitad.metrics import METRICS, evaluate, pro_curve
 
 SCORES, LABELS = np.array([0.1, 0.4, 0.35, 0.8]), np.array([0, 0, 1, 1])
 
@@ -52,6 +54,7 @@ def mean_height(curve, limit):
 
 
 def blobs(rng, n, side, per_image=3):
+    """Masks (n,side,side) of random rectangles."""
     masks = np.zeros((n, side, side), bool)
     for mask in masks[1:]:  # the first image stays free of defects
         for _ in range(per_image):
@@ -61,6 +64,7 @@ def blobs(rng, n, side, per_image=3):
 
 
 def case(kind):
+    """Maps and masks (4,16,16) of one of KINDS."""
     rng = np.random.default_rng(7)
     masks = blobs(rng, 4, 16)
     maps = rng.random(masks.shape) + 0.4 * masks
@@ -112,7 +116,7 @@ KINDS = [
 
 @pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16])
 @pytest.mark.parametrize("kind", KINDS)
-def test_equals_the_references(kind, dtype):
+def test_pixel_metrics_equal_the_references(kind, dtype):
     maps, masks = case(kind)
     maps = maps.astype(dtype)
     exact = maps.astype(np.float64)
@@ -120,10 +124,23 @@ def test_equals_the_references(kind, dtype):
     ap = average_precision_score(masks.ravel(), exact.ravel())
     curve = sweep(exact, masks)
     for limit in (0.01, 0.05, 0.3, 1.0):
-        figures = evaluate(maps, masks, SCORES, LABELS, pro_limit=limit)
-        assert figures["pixel_auroc"] == pytest.approx(auroc, abs=1e-6)
-        assert figures["pixel_ap"] == pytest.approx(ap, abs=1e-6)
-        assert figures["pro"] == pytest.approx(mean_height(curve, limit), abs=1e-6)
+        values = evaluate(maps, masks, SCORES, LABELS, pro_limit=limit)
+        assert values["pixel_auroc"] == pytest.approx(auroc, abs=1e-6)
+        assert values["pixel_ap"] == pytest.approx(ap, abs=1e-6)
+        assert values["pro"] == pytest.approx(mean_height(curve, limit), abs=1e-6)
+
+
+def test_every_metric_of_the_list_is_computed_and_no_other():
+    maps, masks = case("random")
+    values = evaluate(maps, masks, SCORES, LABELS)
+    assert list(values) == list(METRICS) == ["image_auroc", "pixel_auroc", "pixel_ap", "pro"]
+    assert None not in values.values()
+    assert list(evaluate(maps, None, [], [])) == list(METRICS)
+
+
+def test_examples_in_docstrings():
+    results = doctest.testmod(metrics)
+    assert results.attempted and not results.failed
 
 
 @pytest.mark.parametrize("levels", [2, 5, 1000])
@@ -131,11 +148,11 @@ def test_image_auroc_equals_the_reference(levels):
     rng = np.random.default_rng(levels)
     labels = rng.integers(0, 2, 200)
     scores = rng.integers(0, levels, 200) / levels + 0.2 * labels
-    figures = evaluate(np.zeros((1, 2, 2)), None, scores, labels)
-    assert figures["image_auroc"] == pytest.approx(roc_auc_score(labels, scores), abs=1e-6)
+    values = evaluate(np.zeros((1, 2, 2)), None, scores, labels)
+    assert values["image_auroc"] == pytest.approx(roc_auc_score(labels, scores), abs=1e-6)
 
 
-def test_values_known_by_hand():
+def test_values_equal_those_worked_out_by_hand():
     # Half of the region lies above all background; the other half ties with the upper half of the background.
     maps = np.array([[[3, 3, 2, 2], [2, 2, 1, 1]]])
     masks = np.array([[[1, 1, 1, 1], [0, 0, 0, 0]]])
@@ -148,13 +165,13 @@ def test_values_known_by_hand():
     assert evaluate(maps, masks, SCORES, LABELS, pro_limit=0.25)["pro"] == pytest.approx(0.625)
 
 
-@pytest.mark.parametrize(("corner", "found"), [((4, 4), 1 / 17), ((5, 5), 1 / 2)])
-def test_contact_at_a_corner_joins_regions(corner, found):
-    # A square of 16 pixels and a single one, which alone is found: 1/17 of one region if they touch, 1 of 2 if not.
+@pytest.mark.parametrize(("corner", "overlap"), [((4, 4), 1 / 17), ((5, 5), 1 / 2)])
+def test_contact_at_a_corner_joins_regions(corner, overlap):
+    # A square of 16 pixels and a single one, which alone is detected: 1/17 of one region if they touch, 1 of 2 if not.
     masks, maps = np.zeros((1, 8, 8), bool), np.zeros((1, 8, 8))
     masks[0, :4, :4] = masks[0][corner] = maps[0][corner] = 1
     pro = evaluate(maps, masks, SCORES, LABELS, pro_limit=0.3)["pro"]
-    assert pro == pytest.approx(found + (1 - found) * 0.15)  # all else ties: a ramp, on average 0.15 below 0.3
+    assert pro == pytest.approx(overlap + (1 - overlap) * 0.15)  # all else ties: a ramp, on average 0.15 below 0.3
 
 
 def test_regions_of_neighbouring_images_stay_apart():
@@ -165,7 +182,7 @@ def test_regions_of_neighbouring_images_stay_apart():
 
 
 @pytest.mark.parametrize("change", [np.exp, lambda x: 1e6 * x - 3, lambda x: -1 / (1 + x), lambda x: x**9])
-def test_unchanged_by_a_monotone_map_of_the_scores(change):
+def test_a_monotone_map_of_the_scores_changes_nothing(change):
     maps, masks = case("random")
     scores = np.random.default_rng(0).random(40)
     labels = np.arange(40) % 2
@@ -185,7 +202,7 @@ def test_area_under_the_drawn_curve_is_pro(kind, limit):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
-def test_tensors_and_a_channel_axis(dtype):
+def test_tensors_and_a_channel_axis_are_taken(dtype):
     maps, masks = case("random")
     maps = torch.tensor(maps).to(dtype)
     expected = evaluate(maps.double().numpy(), masks, SCORES, LABELS)
@@ -204,7 +221,7 @@ def test_layout_in_memory_does_not_matter():
     assert evaluate(*turned, SCORES, LABELS) == evaluate(maps, masks, SCORES, LABELS)
 
 
-def test_undefined_figures_are_none():
+def test_metrics_that_are_not_defined_are_none():
     maps, masks = case("random")
     pixel = ["pixel_auroc", "pixel_ap", "pro"]
     without = evaluate(maps, None, SCORES, LABELS)
@@ -212,8 +229,8 @@ def test_undefined_figures_are_none():
     for one_kind in (np.zeros_like(masks), np.ones_like(masks)):
         assert evaluate(maps, one_kind, SCORES, LABELS) == without
     for one_class in (np.zeros(4), np.ones(4)):
-        figures = evaluate(maps, masks, SCORES, one_class)
-        assert figures["image_auroc"] is None and None not in [figures[k] for k in pixel]
+        values = evaluate(maps, masks, SCORES, one_class)
+        assert values["image_auroc"] is None and None not in [values[k] for k in pixel]
     nothing = evaluate(np.zeros((0, 4, 4)), np.zeros((0, 4, 4)), [], [])
     assert nothing == dict(image_auroc=None, pixel_auroc=None, pixel_ap=None, pro=None)
 
@@ -254,7 +271,7 @@ def test_bad_input_is_named(message):
         evaluate(*BAD[message])
 
 
-def test_curve_needs_both_kinds_of_pixel():
+def test_the_curve_needs_both_kinds_of_pixel():
     with pytest.raises(UserError, match="one kind only"):
         pro_curve(MAPS, np.zeros_like(MASKS))
 

@@ -1,11 +1,13 @@
 """Settings are checked against their fields and types before anything runs."""
 
+import doctest
 from dataclasses import FrozenInstanceError, dataclass, fields
 from typing import Literal
 
 import pytest
 
-from vitad import methods
+from vitad import errors, methods
+from vitad import settings as settings_module
 from vitad.errors import UserError
 from vitad.settings import as_json, parse_overrides, resolve
 
@@ -29,6 +31,7 @@ PRESETS = {"plain": {}, "other": {"whole": 7, "text": "b"}}
 
 
 def settings(**overrides):
+    """Settings of the preset `plain`."""
     return resolve(Settings, PRESETS, "plain", overrides)
 
 
@@ -55,9 +58,9 @@ def settings(**overrides):
         ("limit", "1.5", 1.5),
     ],
 )
-def test_a_value_of_each_type_as_python_and_as_text(key, given, value):
-    found = getattr(settings(**{key: given}), key)
-    assert found == value and type(found) is type(value)
+def test_each_type_takes_a_value_of_python_and_a_text(key, given, value):
+    converted = getattr(settings(**{key: given}), key)
+    assert converted == value and type(converted) is type(value)
 
 
 @pytest.mark.parametrize(
@@ -125,17 +128,66 @@ def test_settings_are_frozen():
         settings().whole = 1
 
 
-def test_pairs_of_the_command_line():
-    assert parse_overrides(["lr=1e-4", "name = a=b"]) == {"lr": "1e-4", "name": "a=b"}
-    assert parse_overrides({"lr": 1}) == {"lr": 1}
-    assert parse_overrides(None) == {}
-    with pytest.raises(UserError, match="'lr' has no value. Write it as key=value"):
-        parse_overrides(["lr"])
+@pytest.mark.parametrize(
+    "given, overrides",
+    [
+        (["lr=1e-4", "name = a=b"], {"lr": "1e-4", "name": "a=b"}),
+        ({"lr": 1}, {"lr": 1}),
+        (None, {}),
+        ([], {}),
+        ("", {}),
+        (" \n", {}),
+        ("lr=1e-4", {"lr": "1e-4"}),
+        ("lr=1e-4 epochs=3", {"lr": "1e-4", "epochs": "3"}),
+        ("lr=1e-4\nepochs=3\n", {"lr": "1e-4", "epochs": "3"}),
+        ("lr=1e-4;epochs=3; blocks=4,6,8;", {"lr": "1e-4", "epochs": "3", "blocks": "4,6,8"}),
+        ("lr = 1e-4  epochs = 3", {"lr": "1e-4", "epochs": "3"}),
+        ("blocks=(4, 6, 8) textures=my folder;lr=1", {"blocks": "(4, 6, 8)", "textures": "my folder", "lr": "1"}),
+        ('{"lr": 1e-4}', {"lr": 1e-4}),
+        (' {"blocks": [4, 6], "amp": false, "limit": null} ', {"blocks": [4, 6], "amp": False, "limit": None}),
+        ("{'lr': 1e-4}", {"lr": 1e-4}),
+        ("{'blocks': (4, 6), 'amp': False, 'limit': None}", {"blocks": (4, 6), "amp": False, "limit": None}),
+        ("{}", {}),
+    ],
+)
+def test_overrides_are_read_from_pairs_a_dict_and_text(given, overrides):
+    assert parse_overrides(given) == overrides
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        (["lr"], "setting 'lr' has no value. Write it as key=value."),
+        ([3], "setting '3' has no value. Write it as key=value."),
+        ("lr", "setting 'lr' has no value. Write it as key=value."),
+        ("lr 1e-4", "setting 'lr 1e-4' has no value. Write it as key=value."),
+        ("lr:1; epochs=3", "setting 'lr:1' has no value. Write it as key=value."),
+        ("{lr: 1}", """overrides '{lr: 1}' cannot be read. Write them as {"lr": 1e-4} or as lr=1e-4."""),
+        ("{'lr'}", """overrides "{'lr'}" cannot be read. Write them as {"lr": 1e-4} or as lr=1e-4."""),
+        ("{'lr': 1", """overrides "{'lr': 1" cannot be read. Write them as {"lr": 1e-4} or as lr=1e-4."""),
+        (3, "overrides 3 have no keys. Write them as {key: value}."),
+    ],
+)
+def test_overrides_that_cannot_be_read_are_named_with_the_mend(given, message):
+    with pytest.raises(UserError) as caught:
+        parse_overrides(given)
+    assert str(caught.value) == message
+
+
+def test_a_text_of_overrides_changes_the_settings():
+    s = resolve(Settings, PRESETS, "plain", parse_overrides("whole=4 sizes=(4, 6) flag=true; limit=None"))
+    assert (s.whole, s.sizes, s.flag, s.limit) == (4, (4, 6), True, None)
+
+
+@pytest.mark.parametrize("module", [settings_module, errors])
+def test_examples_in_docstrings(module):
+    results = doctest.testmod(module)
+    assert results.attempted and not results.failed
 
 
 @pytest.mark.parametrize("name", methods.METHODS)
-def test_presets_of_the_methods(name):
-    """Every method has the three presets, each a set of known fields, and `paper` is the defaults."""
+def test_every_method_has_the_presets_and_paper_is_its_defaults(name):
+    """All of a preset's differences are known fields."""
     module = methods.get(name)
     assert {"smoke", "demo", "paper"} <= set(module.PRESETS)
     assert resolve(module.Settings, module.PRESETS, "paper") == module.Settings()

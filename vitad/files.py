@@ -1,14 +1,21 @@
-"""Files are written whole or not at all."""
+"""Files are written completely or not at all."""
+
+from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError, safe_open
 
 from vitad.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def cache_dir() -> Path:
@@ -17,35 +24,51 @@ def cache_dir() -> Path:
 
 
 @contextmanager
-def atomic_write(path):
-    """Give a name to write to; it becomes `path` when the block ends well and vanishes when it does not.
+def atomic_write(path: Path | str) -> Iterator[Path]:
+    """Give a temporary name to write to, which becomes `path` when the block ends without an error.
 
-    A full disk, a read-only folder and the like become a `UserError`; what `path` held before stays.
+    Otherwise the temporary file is removed, and a file that was at `path` before stays as it was.
+
+    Raises
+    ------
+    UserError
+        The file cannot be written: the disk is full, the folder is read-only, and the like.
+
+    Examples
+    --------
+    >>> with atomic_write("record.json") as temporary:  # doctest: +SKIP
+    ...     temporary.write_text("{}")
     """
     path = Path(path)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        yield aside
-        os.replace(aside, path)
+        yield temporary
+        os.replace(temporary, path)
     except (OSError, SafetensorError) as e:
         reason = getattr(e, "strerror", None) or e
         raise UserError(f"cannot write {path}: {reason}. Nothing was changed there; mend this and run again.") from e
     finally:
         with suppress(OSError):
-            aside.unlink()
+            temporary.unlink()
 
 
-def write_safetensors(tensors, path, metadata=None):
-    """Write tensors (moved to the CPU) and a dict of strings."""
+def write_safetensors(tensors: Mapping[str, Tensor], path: Path | str, metadata: dict[str, str] | None = None) -> None:
+    """Write tensors from any device, and a dict of strings."""
     from safetensors.torch import save_file  # imports torch
 
-    with atomic_write(path) as aside:
-        save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, aside, metadata)
+    with atomic_write(path) as temporary:
+        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, temporary, metadata)
 
 
-def read_safetensors(path):
-    """(tensors, metadata) of a file; `UserError` where it is missing or not of that format."""
+def read_safetensors(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read the tensors and the metadata of a file.
+
+    Raises
+    ------
+    UserError
+        The file does not exist or has another format.
+    """
     from safetensors.torch import load_file
 
     path = Path(path)
@@ -59,8 +82,8 @@ def read_safetensors(path):
         raise UserError(f"{path} is not a readable safetensors file ({e}). Pickled weights are not read.") from e
 
 
-def sha256(path):
-    """Hash of a file, read in blocks."""
+def sha256(path: Path | str) -> str:
+    """Hash of a file's contents, as 64 hexadecimal digits; the file is read in blocks."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -1,23 +1,46 @@
-"""Settings of a method: one frozen dataclass, whose fields are what papermill and `--set` may change."""
+"""Settings of a method: a frozen dataclass, whose fields are what papermill and `--set` may change."""
 
+import ast
+import json
 import math
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, fields, replace
 from types import NoneType, UnionType
-from typing import Literal, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from vitad.errors import UserError, unknown
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
-def resolve(cls, presets, preset, overrides=None):
-    """Settings of a preset with the user's overrides on top.
+S = TypeVar("S", bound="DataclassInstance")
 
-    Args:
-        cls: the dataclass, whose defaults are the paper's.
-        presets: {name: {field: value}}, differences from the defaults.
-        overrides: {field: value}; values may be strings, as a command line gives them.
+# What separates pairs in a text. It stands before a `key=`, so that a value may hold blanks, as in blocks=(4, 6).
+SEPARATOR = re.compile(r"[;\s]+(?=\w+\s*=)")
 
-    Raises:
-        UserError: unknown preset or field (the nearest is named), value of a wrong type or out of range.
+
+def resolve(
+    cls: type[S], presets: Mapping[str, Mapping[str, Any]], preset: str, overrides: Mapping[str, Any] | None = None
+) -> S:
+    """Make the settings of a preset, with the user's overrides on top.
+
+    Parameters
+    ----------
+    cls : dataclass
+        Its defaults are the paper's settings.
+    presets : {name: {field: value}}
+        Differences from the defaults.
+    preset : str
+        One of the names.
+    overrides : {field: value}, optional
+        Values may be strings, as a command line gives them.
+
+    Raises
+    ------
+    UserError
+        The preset or a field is unknown (the nearest is named), or a value has the wrong type or is out of range.
     """
     if preset not in presets:
         raise unknown("preset", preset, presets)
@@ -27,34 +50,80 @@ def resolve(cls, presets, preset, overrides=None):
         if key not in types:
             raise unknown("setting", key, types)
         values[key] = _convert(key, value, types[key])
-    settings = replace(cls(), **presets[preset] | values)
+    settings = replace(cls(), **{**presets[preset], **values})
     _check(settings)
     return settings
 
 
-def parse_overrides(pairs):
-    """`["lr=1e-4", "epochs=3"]` as a dict of strings. A dict, as papermill gives it, is handed through."""
-    if isinstance(pairs, dict):
-        return pairs
-    if not isinstance(pairs, (list, tuple, type(None))):
-        raise UserError(f"overrides {pairs!r} have no keys. Write them as {{key: value}}.")
+def parse_overrides(given: dict[str, Any] | Sequence[str] | str | None) -> dict[str, Any]:
+    """Read the overrides of a notebook, of papermill or of the command line.
+
+    Parameters
+    ----------
+    given : dict, list of str, str or None
+        A dict is returned as it is. A list holds `key=value` pairs. A text holds such pairs, separated by blanks,
+        newlines or `;`, or a dict in JSON or Python: papermill's `-p overrides TEXT` can give nothing else.
+
+    Returns
+    -------
+    dict
+        Keys and values; the values of `key=value` pairs are strings.
+
+    Raises
+    ------
+    UserError
+        `given` is none of these, or a pair has no value.
+
+    Examples
+    --------
+    >>> parse_overrides(["lr=1e-4", "epochs=3"])
+    {'lr': '1e-4', 'epochs': '3'}
+    >>> parse_overrides("lr=1e-4 blocks=4,6,8")
+    {'lr': '1e-4', 'blocks': '4,6,8'}
+    >>> parse_overrides('{"lr": 1e-4}')
+    {'lr': 0.0001}
+    """
+    if given is None:
+        return {}
+    if isinstance(given, dict):
+        return given
+    if isinstance(given, str):
+        text = given.strip("; \t\r\n")
+        if text.startswith("{"):
+            return _parse_dict(text)
+        given = SEPARATOR.split(text) if text else []
+    if not isinstance(given, (list, tuple)):
+        raise UserError(f"overrides {given!r} have no keys. Write them as {{key: value}}.")
     overrides = {}
-    for pair in pairs or ():
-        key, equals, value = pair.partition("=")
+    for pair in given:
+        key, equals, value = str(pair).partition("=")
         if not equals:
             raise UserError(f"setting '{pair}' has no value. Write it as key=value.")
         overrides[key.strip()] = value.strip()
     return overrides
 
 
-def as_json(settings):
+def _parse_dict(text: str) -> dict[str, Any]:
+    """A dict written in JSON or as a Python literal."""
+    value = None
+    try:
+        value = json.loads(text)
+    except ValueError:
+        with suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            value = ast.literal_eval(text)
+    if not isinstance(value, dict):
+        raise UserError(f"""overrides {text!r} cannot be read. Write them as {{"lr": 1e-4}} or as lr=1e-4.""")
+    return value
+
+
+def as_json(settings: "DataclassInstance") -> dict[str, Any]:
     """The settings as a dict that JSON can hold."""
     return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(settings).items()}
 
 
-def _convert(key, value, kind):
+def _convert(key: str, value: Any, kind: Any) -> Any:
     """`value` as `kind`, an int, float, bool, str, Literal, `tuple[int, ...]` or one of these `| None`."""
-    wrong = UserError(f"setting {key}={value!r} has the wrong type: expected {_say(kind)}.")
+    wrong = UserError(f"setting {key}={value!r} has the wrong type: expected {_describe(kind)}.")
     if get_origin(kind) is UnionType:
         if value is None or value == "None":
             return None
@@ -86,19 +155,20 @@ def _convert(key, value, kind):
     return converted
 
 
-def _say(kind):
+def _describe(kind: Any) -> str:
+    """A type in plain words."""
     if get_origin(kind) is Literal:
         return "one of " + ", ".join(map(str, get_args(kind)))
-    return {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}.get(
-        kind, str(kind).replace("...", "more")
-    )
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+    return words.get(kind, str(kind).replace("...", "more"))
 
 
-def _check(settings):
-    """Ranges that hold for every method; a method checks what is its own when it is made."""
+def _check(settings: "DataclassInstance") -> None:
+    """Check the ranges that hold for every method; a method checks its own when it is made."""
     for field in fields(settings):
         value = getattr(settings, field.name)
-        numbers = [v for v in (value if isinstance(value, tuple) else (value,)) if isinstance(v, (int, float))]
+        values = value if isinstance(value, tuple) else (value,)
+        numbers = [v for v in values if isinstance(v, (int, float))]
         if not all(math.isfinite(v) and v >= 0 for v in numbers):
             raise UserError(f"setting {field.name}={value} is out of range: it cannot be negative, infinite or NaN.")
         if field.name in ("image_size", "epochs", "batch_size") and value < 1:
