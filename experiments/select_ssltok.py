@@ -28,7 +28,8 @@ from torch.nn import functional as F
 from vitad import data
 from vitad.backbones import DINOV2_S14, intermediate, normalise, vit
 from vitad.blocks import gaussian_blur, top_mean
-from vitad.data import ImageSet, mt
+from vitad.data import ImageSet
+from vitad.data.sets import mt
 from vitad.data.synthesis import Synthesis
 from vitad.methods import ssltok
 from vitad.metrics import evaluate

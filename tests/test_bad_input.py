@@ -16,6 +16,7 @@ from vitad import runs, training
 from vitad.backbones import import_timm
 from vitad.cli import main
 from vitad.data import samples
+from vitad.runs import pipeline
 
 
 @pytest.fixture(autouse=True)
@@ -334,14 +335,14 @@ def test_a_full_disk_late_in_a_run_keeps_its_state(toy_root, tmp_path, monkeypat
     """The training, which took long, is not lost: only what comes after it is done again."""
     monkeypatch.setattr(training, "SAVE_SECONDS", 0)
     command = ["run", "anovit", "--preset", "smoke", "--out", "out", "--data-root", str(toy_root)]
-    score = runs.score
+    score = pipeline.score
 
     def after_training(*words, **options):
         resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
         return score(*words, **options)
 
     with monkeypatch.context() as patch, full_beyond(resource.getrlimit(resource.RLIMIT_FSIZE)[0]):
-        patch.setattr(runs, "score", after_training)
+        patch.setattr(pipeline, "score", after_training)
         assert main(command) == 2
     assert "cannot write out/checkpoint.safetensors: " in capsys.readouterr().err
     assert {p.name for p in (tmp_path / "out").iterdir()} == {".run"}

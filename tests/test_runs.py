@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import vitad
 from vitad import data, methods, runs, training
+from vitad.backbones import import_timm
 from vitad.cli import main
 from vitad.errors import UserError
 from vitad.files import read_safetensors
@@ -228,10 +229,8 @@ def test_half_precision_is_used_where_asked_for_and_recorded(method, smoke, tmp_
 
 
 def test_weights_of_a_file_are_used_and_recorded(smoke, tmp_path):
-    from vitad.backbones import timm
-
     path = tmp_path / "given.safetensors"
-    save_file(timm.create_model("test_vit", num_classes=0).state_dict(), path)
+    save_file(import_timm().create_model("test_vit", num_classes=0).state_dict(), path)
     record = smoke(weights=str(path), overrides={"pretrained": True})
     assert record["weights"]["asked"] == str(path) and record["weights"]["source"] == "file given.safetensors"
     state = load_file(tmp_path / "run" / "checkpoint.safetensors")
@@ -469,6 +468,7 @@ def test_other_images_are_another_run(own, smoke):
 OFTEN = """
 import sys, vitad.training as training
 training.SAVE_SECONDS, training.CHECK_STEPS = 0, 1
+from vitad.backbones import import_timm
 from vitad.cli import main
 sys.exit(main(sys.argv[1:]))
 """

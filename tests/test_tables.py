@@ -130,7 +130,7 @@ def test_only_the_very_same_run_tells_what_to_expect():
     assert committed_seeds(Request("anovit", category="weave")) == []
     assert committed_seeds(Request("anovit", overrides={"lr": 1e-3})) == []
     shown = tables.expectation(Request("anovit", category="weave", seed=1, overrides={"lr": 1e-3}))[""]
-    assert "--category weave --seed 1 --set lr=0.001 --out" in shown["command"]
+    assert "--category weave --preset demo --seed 1 --set lr=0.001 --out" in shown["command"]
     assert shown["PRO"] == "never run so far"
     assert tables.expectation(Request("anovit"))[""]["PRO"].endswith("(3 seeds)")
 

@@ -17,6 +17,7 @@ import pandas as pd
 
 from vitad.errors import unknown
 
+PAPERS = ("anovit2022", "yang2024", "mala2023", "kimkwon2024")  # in the order of the book
 SIZES = "yang2024-1"  # a table of data sets, not of results
 ABSTRACTS = "abstracts"  # numbers that stand in the papers' abstracts
 IMAGE, PIXEL, PRO = METRICS_PRINTED = ("image_auroc", "pixel_auroc", "pro")
@@ -33,7 +34,8 @@ def table(name: str) -> pd.DataFrame:
 
 def results() -> list[str]:
     """Names of the printed tables that have a number for each category, method and metric."""
-    return [name for name in _names() if re.fullmatch(r"\w+\d{4}-\w+", name) and name != SIZES]
+    named = [name for name in _names() if re.fullmatch(r"\w+\d{4}-\w+", name) and name != SIZES]
+    return sorted(named, key=lambda name: PAPERS.index(name.split("-")[0]))
 
 
 def means(paper: str | None = None, band: bool = False) -> pd.DataFrame:
