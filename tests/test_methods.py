@@ -51,7 +51,7 @@ def test_methods_are_the_files_of_two_folders():
 
 
 def test_no_shared_code_names_a_method():
-    """Of the folder of the methods; what concerns one method lies in its file."""
+    """What concerns one method lies in its own file."""
     folder = Path(methods.__file__).parent
     shared = [folder / "base.py", folder.parent / "training.py", folder.parent / "blocks.py"]
     for path in shared:
