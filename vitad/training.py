@@ -55,7 +55,7 @@ class Phase:
 
 @dataclass
 class Progress:
-    """How far the training has come, and what it has found so far; part of the saved state."""
+    """How far the training has come, with its history and the best weights; part of the saved state."""
 
     phase: int = 0  # finished phases
     epoch: int = 0  # finished epochs of this phase

@@ -7,7 +7,7 @@ DOI 10.1109/ACCESS.2023.3332475.
     stage 2   damaged image -> encoder, frozen -> decoder, and TBM over first, last and decoded tokens -> mask
 
 Equation and section numbers are the paper's. "Ours" marks what it leaves open, and what it misprints. The file is long
-because the paper trains two models in a row, and because files of MAE's weights are read here.
+because the paper trains two models one after the other, and because it reads MAE's files of weights.
 """
 
 import pickle
@@ -514,7 +514,7 @@ def load_mae(model: Model, path: str | Path) -> dict[str, str]:
 
 
 def _renamed(name: str) -> str:
-    """MAE's name of a tensor -> its name here."""
+    """MAE's name of a tensor -> its name in `Model`."""
     if name == "mask_token":
         return "decoder.mask_token"
     return name.replace("decoder_", "decoder.", 1) if name.startswith("decoder_") else f"encoder.{name}"

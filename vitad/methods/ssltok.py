@@ -109,7 +109,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "product": True,
         "score": "top",
     },
-    # Chosen on the toy data of another seed: what is out of place looks normal, and is found where it cannot be seen.
+    # Chosen on the toy data of another seed: a part out of place looks normal; it shows where tokens are hidden.
     "demo": {
         "blocks": (4, 6, 8),
         "image_size": 168,
@@ -154,7 +154,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "full": {},
     "no_seg": {"segment": False},  # the map is the cosine distance of t_a and t_hat
     "no_rec": {"reconstruct": False},  # G sees t_a alone
-    "no_mask": {"mask_max": 0.0, "hidden_parts": 0},  # what was never hidden in training cannot be asked for unseen
+    "no_mask": {"mask_max": 0.0, "hidden_parts": 0},  # without masks in training, hidden tokens cannot be predicted
     "no_synth": {"damage": 0.0, "segment": False},  # masking alone; without damage G has nothing to learn from
 }
 
@@ -368,7 +368,7 @@ class Model(Method):
         segmented
             Probability that G gives (B,S,S); None without G.
         map
-            (B,S,S): `segmented`, with the setting `product` times `distance`; the one of the two that there is.
+            (B,S,S): `segmented`, times `distance` with the setting `product`; with one of them only, this one.
         """
         return self._predict(self.tokens(images), images.shape[-2:])
 

@@ -1,6 +1,6 @@
 """L2-CAE: the convolutional autoencoder that AnoViT is compared with.
 
-Its exact layers are unknown. Taken here are those of Bergmann et al. 2019, "Improving Unsupervised Defect
+Its exact layers are unknown. This file takes those of Bergmann et al. 2019, "Improving Unsupervised Defect
 Segmentation by Applying Structural Similarity to Autoencoders" (VISAPP, arXiv 1807.02011), Table 1, with the
 squared error as loss.
 """

@@ -1,0 +1,690 @@
+"""Every setting of every method changes what it names: one test each, or one for all those that only pass through.
+
+A test says with `covers` which settings it is about; the last test here finds those that have none.
+"""
+
+from dataclasses import fields
+
+import helpers
+import numpy as np
+import pytest
+import torch
+from helpers import CPU, layers
+from scipy.ndimage import gaussian_filter
+from torch import nn
+
+from vitad import methods
+
+pytest_plugins = ["methods_fixtures"]
+COVERED = set()  # (method, setting)
+
+
+def covers(method, *names):
+    """Mark a test as one of these settings of a method."""
+    COVERED.update((method, name) for name in names)
+    return lambda test: test
+
+
+def each(names, *rows):
+    """Parametrize a test with rows that begin with a method and one of its settings."""
+    COVERED.update((method, name) for method, name, *_ in rows)
+    return pytest.mark.parametrize(names, rows, ids=[f"{method}-{name}" for method, name, *_ in rows])
+
+
+def make(method, weights="auto", **overrides):
+    return helpers.make(methods.get(method), weights, **overrides)
+
+
+def changed(method, name, value, **both):
+    """Two models, the second of which has one setting changed."""
+    usual, other = make(method, **both), make(method, **both, **{name: value})
+    assert getattr(usual.settings, name) != value == getattr(other.settings, name)
+    return usual, other
+
+
+def anomaly_map(model, gears):
+    """Of one defective image, after a look at the training images."""
+    torch.manual_seed(0)
+    model.prepare(gears.train, CPU)
+    with torch.no_grad():
+        return model.anomaly_map(gears.test.batch([5])["image"])
+
+
+def losses(model, gears, n=4):
+    """Of the first training images, the same random numbers each time."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        found = model.losses(gears.train.batch(range(n)))
+    return {name: loss.item() for name, loss in found.items()}
+
+
+def score_of_a_point(model):
+    """Image score of a map with a single pixel of 1, to four digits."""
+    point = torch.zeros(1, 64, 64)
+    point[0, 30, 30] = 1
+    return round(float(model.image_score(point)), 4)
+
+
+# --- settings that pass through ---------------------------------------------------------------------------
+
+
+@each(
+    "method, name, value",
+    ("anovit", "epochs", 3),
+    ("anovit", "patience", 1),
+    ("anovit", "val_fraction", 0.25),
+    ("anovit", "batch_size", 3),
+    ("anovit", "lr", 0.5),
+    ("anovit", "betas", (0.1, 0.2)),
+    ("vitmem", "epochs", 3),
+    ("vitmem", "batch_size", 3),
+    ("vitmem", "lr", 0.5),
+    ("vitmem", "betas", (0.1, 0.2)),
+    ("vitmem", "val_fraction", 0.25),
+    ("mala", "epochs", 3),
+    ("mala", "batch_size", 3),
+    ("mala", "lr", 0.5),
+    ("ssltok", "epochs", 3),
+    ("ssltok", "batch_size", 3),
+    ("ssltok", "lr", 0.5),
+    ("ssltok", "weight_decay", 0.5),
+    ("l2cae", "epochs", 3),
+    ("l2cae", "batch_size", 3),
+    ("l2cae", "lr", 0.5),
+    ("l2cae", "weight_decay", 0.5),
+)
+def test_settings_of_training_reach_the_last_phase(method, name, value):
+    usual, other = changed(method, name, value)
+    assert getattr(other.phases()[-1], name) == value != getattr(usual.phases()[-1], name)
+
+
+@each("method, name, value", ("mala", "betas", (0.1, 0.2)), ("mala", "weight_decay", 0.5))
+def test_settings_of_the_optimiser_reach_both_stages_of_mala(method, name, value):
+    usual, other = changed(method, name, value)
+    assert {getattr(phase, name) for phase in other.phases()} == {value} and len(other.phases()) == 2
+    assert value not in {getattr(phase, name) for phase in usual.phases()}
+
+
+@each(
+    "method, name, value, attribute",
+    ("mala", "damage", 0.3, "probability"),
+    ("mala", "mode", "local", "mode"),
+    ("mala", "textures", "a folder", "textures"),
+    ("mala", "keep_grey", True, "keep_grey"),
+    ("ssltok", "kinds", ("pit", "crack"), "kinds"),
+    ("ssltok", "mode", "local", "mode"),
+    ("ssltok", "textures", "a folder", "textures"),
+    ("ssltok", "keep_grey", True, "keep_grey"),
+)
+def test_settings_of_damage_reach_the_synthesis(method, name, value, attribute):
+    usual, other = changed(method, name, value)
+    assert getattr(other.synthesis, attribute) == value != getattr(usual.synthesis, attribute)
+
+
+# --- encoders and sizes -----------------------------------------------------------------------------------
+
+VITS = {"anovit": "encoder", "vitmem": "encoder", "mala": "encoder", "ssltok": "tokenizer", "patchknn": "backbone"}
+
+
+@each("method, name", *VITS.items())
+def test_another_vit_can_be_taken(method, name):
+    usual, other = changed(method, name, "vit_tiny_patch16_224")
+    assert (getattr(usual, name).embed_dim, getattr(other, name).embed_dim) == (64, 192)
+
+
+@each("method, name", *((method, "pretrained") for method in VITS))
+def test_pretrained_reads_the_weights(method, name, weights):
+    _, other = changed(method, name, True, weights=weights)
+    decoder = ", decoder random" if method == "mala" else ""
+    assert other.weights["source"] == f"file given.safetensors{decoder}"
+    assert make(method, weights).weights["source"] == "random"
+
+
+@each("method, name", *((method, "image_size") for method in VITS))
+def test_the_grid_of_patches_follows_the_image_size(method, name):
+    models = changed(method, name, 96)
+    assert [getattr(model, VITS[method]).patch_embed.grid_size for model in models] == [(4, 4), (6, 6)]
+
+
+def test_the_decoders_follow_the_image_size():
+    assert layers(make("anovit", image_size=96), nn.Upsample)[0].size == (96, 96)
+    assert make("ssltok", image_size=96).segmentation.image_size == 96
+    mala = make("mala", image_size=96)
+    assert mala.grid == (6, 6) and mala.decoder.pos_embed.shape[1] == 1 + 36
+
+
+@covers("l2cae", "image_size")
+def test_l2cae_has_another_layer_for_twice_the_size():
+    usual, other = changed("l2cae", "image_size", 128)
+    assert [len(layers(model.encoder, nn.Conv2d)) for model in (usual, other)] == [8, 9]
+
+
+# --- maps -------------------------------------------------------------------------------------------------
+
+
+@each(
+    "method, name, sigma",
+    ("anovit", "seg_sigma", 2.0),
+    ("vitmem", "sigma", 2.0),
+    ("ssltok", "sigma", 2.0),
+    ("l2cae", "sigma", 2.0),
+    ("patchknn", "sigma", 8.0),
+)
+def test_a_larger_sigma_makes_the_map_smoother(method, name, sigma, gears):
+    usual, other = changed(method, name, sigma)
+    assert anomaly_map(other, gears).std() < anomaly_map(usual, gears).std()
+
+
+@each(
+    "method, name, value, both",
+    ("vitmem", "score_terms", ("ssim",), {}),
+    ("mala", "recon_passes", "unmasked", {"pipeline": "recon"}),
+    ("ssltok", "blocks", (1,), {}),
+    ("ssltok", "hidden_parts", 4, {}),
+    ("ssltok", "product", True, {}),
+    ("patchknn", "blocks", (1,), {}),
+)
+def test_settings_of_the_score_change_the_map(method, name, value, both, gears):
+    usual, other = changed(method, name, value, **both)
+    assert anomaly_map(other, gears).std() != anomaly_map(usual, gears).std()
+
+
+# --- anovit -----------------------------------------------------------------------------------------------
+
+
+@covers("anovit", "freeze_encoder")
+def test_anovit_can_freeze_its_encoder():
+    usual, other = changed("anovit", "freeze_encoder", True)
+    assert {p.requires_grad for p in usual.encoder.parameters()} == {True}
+    assert {p.requires_grad for p in other.encoder.parameters()} == {False}
+
+
+@covers("anovit", "channels")
+def test_anovit_has_the_given_channels():
+    usual, other = changed("anovit", "channels", (12, 10, 8, 6, 4, 3))
+    assert [c.out_channels for c in layers(other, nn.ConvTranspose2d)] == [12, 10, 8, 6, 4, 3]
+    assert [c.out_channels for c in layers(usual, nn.ConvTranspose2d)] == [256, 128, 64, 32, 16, 3]
+
+
+@covers("anovit", "decoder_norm")
+def test_anovit_can_normalise_over_the_batch():
+    usual, other = changed("anovit", "decoder_norm", "batch")
+    assert [len(layers(model.decoder, nn.BatchNorm2d)) for model in (usual, other)] == [0, 5]
+
+
+@covers("anovit", "last_act")
+def test_anovit_with_a_last_relu_rebuilds_nothing_below_zero(gears):
+    usual, other = changed("anovit", "last_act", "legacy_relu")
+    images = gears.train.batch([0])["image"]
+    lowest = [model.reconstruct(images)[1].min().item() for model in (usual, other)]
+    assert lowest[0] < 0 == lowest[1]
+
+
+@covers("anovit", "norm")
+def test_anovit_can_normalise_with_the_statistics_of_the_training_images(gears):
+    usual, other = changed("anovit", "norm", "dataset_stats")
+    for model in (usual, other):
+        model.prepare(gears.train, CPU)
+    assert usual.mean.unique().tolist() == [0.5] != other.mean.unique().tolist()
+
+
+@covers("anovit", "det_sigma")
+def test_anovit_smooths_further_for_the_image_score():
+    """By what is missing from the map's sigma, 1 px."""
+    usual, other = changed("anovit", "det_sigma", 4.0)
+    point = np.zeros((64, 64))
+    point[30, 30] = 1
+    expected = round(float(gaussian_filter(point, (4.0**2 - 1) ** 0.5).max()), 4)
+    assert score_of_a_point(other) == expected != score_of_a_point(usual)
+
+
+# --- vitmem -----------------------------------------------------------------------------------------------
+
+
+@covers("vitmem", "heads")
+def test_vitmem_has_the_given_heads():
+    usual, other = changed("vitmem", "heads", 4)
+    assert [model.encoder.blocks[0].attn.num_heads for model in (usual, other)] == [8, 4]
+
+
+@covers("vitmem", "depth")
+def test_vitmem_has_the_given_depth():
+    usual, other = changed("vitmem", "depth", 3)
+    assert [len(model.encoder.blocks) for model in (usual, other)] == [6, 3]
+
+
+@covers("vitmem", "input_range")
+def test_vitmem_can_take_images_from_0_to_1(gears):
+    usual, other = changed("vitmem", "input_range", "unit")
+    images = gears.train.batch([0])["image"]
+    assert other.reconstruct(images)[0].min() >= 0 > usual.reconstruct(images)[0].min()
+
+
+@covers("vitmem", "memory")
+def test_vitmem_can_do_without_its_memory():
+    usual, other = changed("vitmem", "memory", False)
+    assert usual.memory is not None and other.memory is None
+
+
+@covers("vitmem", "items")
+def test_vitmem_has_the_given_items_and_a_threshold_of_one_share():
+    usual, other = changed("vitmem", "items", 7)
+    assert (other.memory.items.shape, other.memory.threshold) == ((7, 64), 1 / 7)
+    assert (usual.memory.items.shape, usual.memory.threshold) == ((20, 64), 1 / 20)
+
+
+@each("method, name, value", ("vitmem", "similarity", "dot"), ("vitmem", "ca_position", "before_memory"))
+def test_what_vitmem_recalls_depends_on_similarity_and_order(method, name, value, gears):
+    usual, other = changed(method, name, value)
+    images = gears.train.batch([0])["image"]
+    with torch.no_grad():
+        recalled = [model.recall(model.encode(images))[0] for model in (usual, other)]
+    assert not torch.allclose(*recalled)
+
+
+@covers("vitmem", "temperature")
+def test_a_low_temperature_gives_vitmem_larger_weights(gears):
+    usual, other = changed("vitmem", "temperature", 0.05)
+    images = gears.train.batch(range(4))["image"]
+    with torch.no_grad():
+        largest = [model.reconstruct(images)[2].max().item() for model in (usual, other)]
+    assert largest[1] > 2 * largest[0]
+
+
+@covers("vitmem", "shrink")
+def test_vitmem_without_shrinkage_keeps_every_item(gears):
+    usual, other = changed("vitmem", "shrink", 0.0)
+    assert other.observe(gears.train, CPU)["memory_kept"] == 20 > usual.observe(gears.train, CPU)["memory_kept"]
+
+
+@covers("vitmem", "coord_att")
+def test_vitmem_can_do_without_coordinate_attention():
+    usual, other = changed("vitmem", "coord_att", False)
+    assert isinstance(other.coord_att, nn.Identity) and not isinstance(usual.coord_att, nn.Identity)
+
+
+@covers("vitmem", "ca_reduction")
+def test_vitmem_squeezes_by_the_given_factor():
+    usual, other = changed("vitmem", "ca_reduction", 4)
+    assert [model.coord_att.squeeze[0].out_channels for model in (usual, other)] == [8, 16]
+
+
+@covers("vitmem", "decoder")
+def test_vitmem_has_a_decoder_without_a_resize():
+    usual, other = changed("vitmem", "decoder", "exact")
+    assert [len(layers(model.decoder, nn.Upsample)) for model in (usual, other)] == [1, 0]
+
+
+@covers("vitmem", "decoder_norm")
+def test_vitmem_can_normalise_each_image():
+    usual, other = changed("vitmem", "decoder_norm", "instance")
+    assert [len(layers(model.decoder, nn.InstanceNorm2d)) for model in (usual, other)] == [0, 5]
+
+
+@each(
+    "method, name, value, factors",
+    ("vitmem", "lambda_recon", 3.0, {"l2": 3, "ssim": 3}),
+    ("vitmem", "lambda_ssim", 3.0, {"l2": 1, "ssim": 3}),
+    ("vitmem", "lambda_ent", 0.003, {"l2": 1, "entropy": 3}),
+    ("vitmem", "entropy", "printed", {"l2": 1, "entropy": -1}),
+)
+def test_the_losses_of_vitmem_have_their_weights(method, name, value, factors, gears):
+    usual, other = (losses(model, gears) for model in changed(method, name, value))
+    assert [other[k] / usual[k] for k in factors] == pytest.approx(list(factors.values()))
+
+
+@covers("vitmem", "image_top")
+def test_vitmem_can_score_the_mean_of_the_highest_half():
+    usual, other = changed("vitmem", "image_top", 0.5)
+    assert score_of_a_point(other) == round(1 / 2048, 4) != score_of_a_point(usual)
+
+
+# --- mala -------------------------------------------------------------------------------------------------
+
+
+def stages(model):
+    return {phase.name: phase for phase in model.phases()}
+
+
+@covers("mala", "depth")
+def test_mala_has_the_given_depth():
+    usual, other = changed("mala", "depth", 3)
+    assert [len(model.encoder.blocks) for model in (usual, other)] == [6, 3]
+
+
+@covers("mala", "decoder_width")
+def test_mala_has_a_decoder_of_the_given_width():
+    models = changed("mala", "decoder_width", 64)
+    widths = [(model.decoder.embed.out_features, model.tbm.lp2.in_features) for model in models]
+    assert widths == [(32, 64), (64, 128)]
+
+
+@covers("mala", "decoder_depth")
+def test_mala_has_a_decoder_of_the_given_depth():
+    usual, other = changed("mala", "decoder_depth", 3)
+    assert [len(model.decoder.blocks) for model in (usual, other)] == [1, 3]
+
+
+@covers("mala", "decoder_heads")
+def test_mala_has_a_decoder_with_the_given_heads():
+    usual, other = changed("mala", "decoder_heads", 4)
+    assert [model.decoder.blocks[0].attn.num_heads for model in (usual, other)] == [2, 4]
+
+
+@covers("mala", "pipeline", "stage1")
+def test_mala_can_train_either_stage_alone():
+    assert list(stages(make("mala"))) == ["stage1", "stage2"]
+    assert list(stages(make("mala", pipeline="recon"))) == ["stage1"]
+    assert list(stages(make("mala", stage1=False))) == ["stage2"]
+
+
+@covers("mala", "stage1_encoder")
+def test_mala_can_leave_its_encoder_as_it_comes():
+    usual, other = changed("mala", "stage1_encoder", False)
+    assert any(p.requires_grad for p in usual.encoder.parameters())
+    assert not any(p.requires_grad for p in other.encoder.parameters())
+
+
+@covers("mala", "stage1_images", "stage2_images")
+def test_mala_takes_the_given_number_of_images_in_each_stage(gears):
+    def numbers(**overrides):
+        model = make("mala", **overrides)
+        model.prepare(gears.train, CPU)
+        return [len(phase.indices) for phase in model.phases()]
+
+    assert numbers() == [12, 12]
+    assert numbers(stage1_images=5) == [5, 12]
+    assert numbers(stage2_images=5) == [12, 5]
+
+
+@covers("mala", "resample_each_epoch")
+def test_mala_can_draw_other_images_in_each_epoch(gears):
+    usual, other = changed("mala", "resample_each_epoch", True, stage1_images=5)
+    for model in (usual, other):
+        model.prepare(gears.train, CPU)
+    draw = other.phases()[0].draw
+    assert usual.phases()[0].draw is None
+    assert any(draw(np.random.default_rng(0)) != draw(np.random.default_rng(1)))
+
+
+@covers("mala", "stage1_epochs")
+def test_stage_1_has_the_given_epochs():
+    usual, other = changed("mala", "stage1_epochs", 3)
+    assert [stages(model)["stage1"].epochs for model in (usual, other)] == [2, 3]
+
+
+@covers("mala", "stage1_batch_size", "stage1_lr")
+def test_the_learning_rate_of_stage_1_is_for_256_images():
+    def batch_size_and_rate(**overrides):
+        stage1 = stages(make("mala", **overrides))["stage1"]
+        return stage1.batch_size, stage1.lr
+
+    assert batch_size_and_rate() == (16, 5e-4)
+    assert batch_size_and_rate(stage1_batch_size=32) == (32, 1e-3)
+    assert batch_size_and_rate(stage1_lr=0.5) == (16, 0.5 * 16 / 256)
+
+
+@covers("mala", "warm_up")
+def test_stage_1_warms_up_over_the_given_share_of_its_steps():
+    usual, other = changed("mala", "warm_up", 0.5)
+    assert stages(other)["stage1"].schedule(0.25) == 0.5 != stages(usual)["stage1"].schedule(0.25)
+
+
+@covers("mala", "mask_ratio")
+def test_mala_leaves_the_given_share_of_patches_visible():
+    usual, other = changed("mala", "mask_ratio", 0.5)
+    assert [model.random_visible(2, CPU).shape for model in (usual, other)] == [(2, 4), (2, 8)]
+
+
+@covers("mala", "mask_fill")
+def test_mala_can_fill_hidden_places_with_a_learned_token():
+    usual, other = changed("mala", "mask_fill", "mask_token")
+    assert usual.decoder.mask_token is None and other.decoder.mask_token.shape == (1, 1, 32)
+
+
+@covers("mala", "plpm")
+def test_plpm_can_be_trained_jointly(gears):
+    usual, other = changed("mala", "plpm", "joint")
+    batch = gears.train.batch(range(6))
+    assert set(other.stage1_losses(batch)) == {"l1", "ssim", "plpm"} != set(usual.stage1_losses(batch))
+
+
+@covers("mala", "plpm_channels")
+def test_plpm_has_the_given_channels():
+    usual, other = changed("mala", "plpm_channels", (2, 4))
+    assert [c.out_channels for c in layers(other.plpm, nn.Conv2d)] == [2, 4]
+    assert [c.out_channels for c in layers(usual.plpm, nn.Conv2d)] == [4, 8, 8, 8]
+
+
+@covers("mala", "alpha")
+def test_alpha_weighs_the_losses_of_stage_1(gears):
+    usual, other = (losses(model, gears, 6) for model in changed("mala", "alpha", (2.0, 3.0, 0.04), pipeline="recon"))
+    factors = {"l1": 2, "ssim": 3, "plpm": 1, "fool": 4}
+    assert other == {name: pytest.approx(factors[name] * loss, rel=1e-4) for name, loss in usual.items()}
+
+
+@covers("mala", "tbm")
+def test_mala_can_put_a_linear_layer_in_place_of_tbm():
+    usual, other = changed("mala", "tbm", False)
+    assert isinstance(other.tbm, nn.Linear) and not isinstance(usual.tbm, nn.Linear)
+
+
+@covers("mala", "beta")
+def test_beta_weighs_the_losses_of_stage_2(gears):
+    usual, other = (losses(model, gears, 6) for model in changed("mala", "beta", (1.2, 2.0)))
+    factors = {"l1": 2, "focal": 5}
+    assert other == {name: pytest.approx(factors[name] * loss, rel=1e-4) for name, loss in usual.items()}
+
+
+@covers("mala", "gamma")
+def test_a_small_gamma_makes_the_focal_loss_larger(gears):
+    usual, other = (losses(model, gears, 6) for model in changed("mala", "gamma", 2.0))
+    assert other["focal"] > 1.5 * usual["focal"]
+
+
+@covers("mala", "window")
+def test_mala_scores_the_mean_over_the_given_window():
+    usual, other = changed("mala", "window", 3)
+    assert score_of_a_point(other) == round(1 / 9, 4) != score_of_a_point(usual)
+
+
+# --- ssltok -----------------------------------------------------------------------------------------------
+
+
+@covers("ssltok", "standardise")
+def test_ssltok_can_standardise_its_tokens(gears):
+    usual, other = changed("ssltok", "standardise", True)
+    for model in (usual, other):
+        model.prepare(gears.train, CPU)
+    assert usual.std.unique().tolist() == [1.0] != other.std.unique().tolist()
+
+
+@covers("ssltok", "damage")
+def test_ssltok_damages_the_given_share_of_images(gears):
+    def share(model):
+        torch.manual_seed(0)
+        _, _, mask = model.pairs(gears.train.batch(range(12)))
+        return mask.any((1, 2)).float().mean().item()
+
+    usual, other = changed("ssltok", "damage", 1.0)
+    assert share(other) > 0.7 > share(usual)
+
+
+@covers("ssltok", "pool")
+def test_ssltok_keeps_the_given_number_of_damaged_versions(gears):
+    usual, other = changed("ssltok", "pool", 3)
+    for model in (usual, other):
+        model.prepare(gears.train, CPU)
+    assert [len(model.pool["tokens"]) for model in (usual, other)] == [1, 3]
+
+
+@covers("ssltok", "reconstruct")
+def test_ssltok_can_do_without_reconstruction():
+    usual, other = changed("ssltok", "reconstruct", False)
+    assert usual.reconstruction is not None and other.reconstruction is None
+
+
+@covers("ssltok", "mask_max")
+def test_ssltok_masks_up_to_the_given_share_of_tokens(gears):
+    def largest_share(model):
+        seen, forward = [], model.reconstruction.forward
+        model.reconstruction.forward = lambda tokens, masked: seen.append(masked) or forward(tokens, masked)
+        torch.manual_seed(0)
+        with torch.no_grad():
+            for _ in range(10):
+                model.losses(gears.train.batch(range(10)))
+        return torch.cat(seen).float().mean(1).max().item()
+
+    usual, other = changed("ssltok", "mask_max", 1.0)
+    assert largest_share(other) > 0.8 > 0.7 > largest_share(usual)
+
+
+@covers("ssltok", "width")
+def test_the_reconstruction_has_the_given_width():
+    usual, other = changed("ssltok", "width", 64)
+    assert [model.reconstruction.positions.shape for model in (usual, other)] == [(16, 32), (16, 64)]
+
+
+@covers("ssltok", "depth")
+def test_the_reconstruction_has_the_given_depth():
+    usual, other = changed("ssltok", "depth", 3)
+    assert [len(model.reconstruction.blocks) for model in (usual, other)] == [1, 3]
+
+
+@covers("ssltok", "heads")
+def test_the_reconstruction_has_the_given_heads():
+    usual, other = changed("ssltok", "heads", 4)
+    assert [model.reconstruction.blocks[0].attn.num_heads for model in (usual, other)] == [2, 4]
+
+
+@covers("ssltok", "dropout")
+def test_the_reconstruction_has_the_given_dropout():
+    usual, other = changed("ssltok", "dropout", 0.5)
+    assert [model.reconstruction.dropout.p for model in (usual, other)] == [0.1, 0.5]
+
+
+@covers("ssltok", "segment")
+def test_ssltok_can_do_without_segmentation():
+    usual, other = changed("ssltok", "segment", False)
+    assert usual.segmentation is not None and other.segmentation is None
+
+
+@covers("ssltok", "seg_width")
+def test_the_segmentation_has_the_given_width():
+    usual, other = changed("ssltok", "seg_width", 64)
+    assert [model.segmentation.embed.out_channels for model in (usual, other)] == [32, 64]
+
+
+@covers("ssltok", "seg_loss")
+def test_the_segmentation_can_be_trained_with_a_balanced_loss(gears):
+    usual, other = changed("ssltok", "seg_loss", "balanced")
+    batch = gears.test.batch([0, 1])
+    assert set(other.losses(batch)) == {"cosine", "smooth_l1", "segmentation"} != set(usual.losses(batch))
+
+
+@covers("ssltok", "use_diff")
+def test_the_segmentation_can_do_without_the_difference():
+    usual, other = changed("ssltok", "use_diff", False)
+    assert [model.segmentation.embed.in_channels for model in (usual, other)] == [192, 128]
+
+
+@covers("ssltok", "detach_rec")
+def test_the_loss_of_the_segmentation_can_be_kept_from_the_reconstruction(gears):
+    def reaches_reconstruction(model):
+        found = model.losses(gears.train.batch(range(4)))
+        (found["focal"] + found["l1"]).backward()
+        return model.reconstruction.mask.grad is not None
+
+    usual, other = changed("ssltok", "detach_rec", True)
+    assert reaches_reconstruction(usual) and not reaches_reconstruction(other)
+
+
+@covers("ssltok", "min_steps")
+def test_ssltok_trains_longer_where_the_steps_are_few(gears):
+    """Twelve images are one step an epoch."""
+    usual, other = changed("ssltok", "min_steps", 50)
+    for model in (usual, other):
+        model.prepare(gears.train, CPU)
+    assert [model.phases()[0].epochs for model in (usual, other)] == [2, 50]
+
+
+@covers("ssltok", "warm_up")
+def test_ssltok_warms_up_over_the_given_share_of_its_steps():
+    usual, other = changed("ssltok", "warm_up", 0.5)
+    rates = [round(model.phases()[0].schedule(0.25), 4) for model in (usual, other)]
+    assert rates[1] == 0.5 != rates[0]
+
+
+@covers("ssltok", "score")
+def test_ssltok_can_score_the_highest_pixels():
+    usual, other = changed("ssltok", "score", "top")
+    assert score_of_a_point(other) == round(1 / 41, 4) != score_of_a_point(usual)
+
+
+@covers("ssltok", "window")
+def test_ssltok_scores_the_mean_over_the_given_window():
+    usual, other = changed("ssltok", "window", 3)
+    assert score_of_a_point(other) == round(1 / 9, 4) != score_of_a_point(usual)
+
+
+@covers("ssltok", "top")
+def test_ssltok_says_which_share_of_pixels_it_scores():
+    usual, other = changed("ssltok", "top", 0.5, score="top")
+    assert other.protocol["image_score"] == "mean of the highest 50.0% of the map" != usual.protocol["image_score"]
+    assert score_of_a_point(other) == round(1 / 2048, 4)
+
+
+# --- rivals -----------------------------------------------------------------------------------------------
+
+
+@covers("l2cae", "latent")
+def test_l2cae_has_a_latent_vector_of_the_given_length():
+    usual, other = changed("l2cae", "latent", 7)
+    assert [model.encoder[-1].out_channels for model in (usual, other)] == [16, 7]
+
+
+@covers("patchknn", "bank_size")
+def test_patchknn_keeps_the_given_number_of_patches(gears):
+    usual, other = changed("patchknn", "bank_size", 20)
+    for model in (usual, other):
+        model.prepare(gears.train, CPU)
+    assert [len(model.bank) for model in (usual, other)] == [12 * 16, 20]
+
+
+@covers("patchknn", "sampling")
+def test_a_coreset_leaves_no_training_patch_far_from_the_bank(gears):
+    def farthest(model):
+        torch.manual_seed(0)
+        model.prepare(gears.train, CPU)
+        patches = model.features(gears.train.batch(range(len(gears.train)))["image"]).flatten(0, 1)
+        return torch.cdist(patches, model.bank).amin(1).max().item()
+
+    usual, other = changed("patchknn", "sampling", "coreset", bank_size=30)
+    assert farthest(other) < 0.9 * farthest(usual)
+
+
+@covers("patchknn", "score")
+def test_patchknn_can_score_the_maximum():
+    usual, other = changed("patchknn", "score", "max")
+    assert score_of_a_point(other) == 1.0 != score_of_a_point(usual)
+
+
+@covers("patchknn", "batch_size")
+def test_patchknn_reads_the_given_number_of_images_at_a_time(gears):
+    def at_a_time(model):
+        sizes, features = [], model.features
+        model.features = lambda images: sizes.append(len(images)) or features(images)
+        model.prepare(gears.train, CPU)
+        return sizes[0]
+
+    usual, other = changed("patchknn", "batch_size", 5)
+    assert [at_a_time(model) for model in (usual, other)] == [8, 5]
+
+
+# --- none is missing --------------------------------------------------------------------------------------
+
+
+def test_every_setting_of_every_method_has_a_test():
+    """`amp` belongs to a whole run: test_runs.py."""
+    settings = {(name, field.name) for name in methods.METHODS for field in fields(methods.get(name).Settings)}
+    assert {(method, name) for method, name in settings if name != "amp"} == COVERED
