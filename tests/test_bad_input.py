@@ -24,12 +24,15 @@ def elsewhere(tmp_path, monkeypatch):
     """Nothing that these tests do may land in the user's folders."""
     (tmp_path / "cache" / "images").mkdir(parents=True)
     monkeypatch.setenv("VITAD_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("VITAD_MT_ROOT", raising=False)
+    for variable in ("VITAD_DATA", "VITAD_MT_ROOT"):
+        monkeypatch.delenv(variable, raising=False)
     monkeypatch.chdir(tmp_path)
 
 
 def contents(root):
-    return {p.relative_to(root).as_posix(): p.read_bytes() if p.is_file() else None for p in root.rglob("*")}
+    """{name: bytes} of all files below a folder, but for the cache of file hashes, which may grow at any time."""
+    files = {p.relative_to(root).as_posix(): p.read_bytes() if p.is_file() else None for p in root.rglob("*")}
+    return {name: content for name, content in files.items() if not name.startswith("cache/hashes")}
 
 
 @pytest.fixture

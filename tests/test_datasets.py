@@ -16,7 +16,7 @@ from vitad.cli import main
 from vitad.data import verify
 from vitad.data.sets import visa
 from vitad.errors import UserError
-from vitad.reported import table
+from vitad.papers.printed import table
 
 EVERY = data.DATASETS | data.TEXTURE_SETS
 
@@ -77,7 +77,7 @@ def test_the_counts_add_up_to_the_published_totals(small):
 
 
 def test_the_counts_of_mvtec_are_those_that_a_paper_prints(small):
-    printed = table("yang2024_table1_dataset_sizes").set_index("category").drop("total")
+    printed = table("yang2024-1").set_index("category").drop("total")
     assert set(printed.index) == set(small["mvtec"])
     for category, counts in small["mvtec"].items():
         row = printed.loc[category]

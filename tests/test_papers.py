@@ -163,9 +163,9 @@ def test_committed_records_fill_the_ablation_on_toy_and_tiles():
         (first,) = committed_seeds(Request("vitmem", dataset, preset=tables.USUAL_PRESETS[dataset]))[:1]
         assert first["dataset"] == dataset
     own = [r["metrics"]["pro"] for r in committed_seeds(Request("vitmem", "toy", overrides={"memory": False}))]
-    assert cell(cells(Reproduction("yang2024-6", "toy"), found), "average", "Base + CA", "pro")["reproduced"] == pytest.approx(
-        100 * np.mean(own)
-    )
+    assert cell(cells(Reproduction("yang2024-6", "toy"), found), "average", "Base + CA", "pro")[
+        "reproduced"
+    ] == pytest.approx(100 * np.mean(own))
 
 
 # --- cells and verdicts ---------------------------------------------------------------------------------------------
@@ -402,7 +402,9 @@ def test_an_estimate_has_a_basis_or_says_that_it_has_none():
     )
     unknown = Request("vitmem", "folder", preset="paper")
     assert "images of folder is not known" in estimate(unknown, [record(asked)])[1]
-    known = record(Request("vitmem", "folder", preset="small"), counts={"train": 50, "test_good": 5, "test_defective": 5})
+    known = record(
+        Request("vitmem", "folder", preset="small"), counts={"train": 50, "test_good": 5, "test_defective": 5}
+    )
     assert estimate(unknown, [record(asked), known])[0] == pytest.approx(100 / 209 * 50 + 10 / 83 * 10)
 
 
@@ -434,7 +436,8 @@ def where_to_get(name, root=None):
 
 
 def test_where_data_can_be_had(tmp_path, monkeypatch):
-    monkeypatch.delenv("VITAD_MT_ROOT", raising=False)
+    for variable in ("VITAD_DATA", "VITAD_MT_ROOT"):
+        monkeypatch.delenv(variable, raising=False)
     both = where_to_get("mvtec+visa")
     assert "vitad data download mvtec --root DIR/mvtec --accept-licence" in both and "VisA" not in both
     assert "CC BY-NC-SA 4.0" in both and "vitad data download visa --root DIR/visa" in both
@@ -452,7 +455,8 @@ def test_where_data_can_be_had(tmp_path, monkeypatch):
 def table(tmp_path, monkeypatch, capsys):
     """`table(*words)` is `vitad table` in an empty folder; gives (status, what it printed)."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("VITAD_MT_ROOT", raising=False)
+    for variable in ("VITAD_DATA", "VITAD_MT_ROOT"):
+        monkeypatch.delenv(variable, raising=False)
 
     def call(*words):
         status = main(["table", *map(str, words)])
@@ -497,9 +501,7 @@ def test_a_table_without_its_data_lists_runs_and_says_what_it_needs(table):
     assert single in text
     assert text.splitlines()[1].startswith("data: 'btad' is not at hand")  # the cause before its effects
     assert "unknown so far\n  an epoch on toy gives a basis: vitad run vitmem" in text and "cells are empty" in text
-    (number,) = printed.table("yang2024-5").query("category == '02' and method == 'Ours'")["value_percent"][
-        :1
-    ]
+    (number,) = printed.table("yang2024-5").query("category == '02' and method == 'Ours'")["value_percent"][:1]
     assert re.search(rf"^02 +{number} *$", text, re.M)
     assert table("yang2024-5", "--category", "01,02", "--out", "here")[0] == 0
     assert Path("here/yang2024-5-btad-01_02-paper.csv").exists()

@@ -161,7 +161,7 @@ def test_combinations_of_lists():
         ({"method": "l2cae"}, "have to be a list"),
         ([{"methods": "l2cae"}], "unknown field of a run 'methods'. Did you mean 'method'"),
         ([{"method": "l2cae"}], "need a method and a dataset"),
-        ([{"method": "l2cae", "dataset": "toy", "overrides": "lr=3"}], "Write them as {key: value}"),
+        ([{"method": "l2cae", "dataset": "toy", "overrides": "lrr=3"}], "unknown setting 'lrr'"),
         ([{"method": "l2cae", "dataset": "toy", "overrides": 3}], "Write them as {key: value}"),
         ([{"method": "l2cae", "dataset": "toy", "overrides": {"lrr": 3}}], "unknown setting 'lrr'"),
         ([{"method": "l2cae", "dataset": "tory"}], "unknown dataset 'tory'"),

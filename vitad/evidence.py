@@ -64,10 +64,7 @@ def contrast(
     sums = np.array([sum(w * values[name][seed] for name, w in weights.items()) for seed in seeds])
     n, mean = len(sums), float(sums.mean()) if len(sums) else float("nan")
     half = float(stdtrit(n - 1, 0.975) * sums.std(ddof=1) / n**0.5) if n > 1 else float("inf")
-    if not abs(mean) > half:
-        verdict = "undecided"
-    else:
-        verdict = "above 0" if mean > 0 else "below 0"
+    verdict = "undecided" if not abs(mean) > half else "above 0" if mean > 0 else "below 0"
     return {"difference": round(mean, 4), "plus_minus": round(half, 4), "seeds": n, "verdict": verdict}
 
 

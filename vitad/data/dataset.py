@@ -127,7 +127,7 @@ class Dataset:
         train = sum(counts["train", "good"] for counts in published)
         return train, sum(n for counts in published for (part, _), n in counts.items() if part == "test")
 
-    def find(self, root: str | Path | None = None, category: str | None = None, split: str | None = None) -> "Found":
+    def find(self, root: str | Path | None = None, category: str | None = None, split: str | None = None) -> Found:
         """The files that a run needs, without decoding images; see `vitad.data.find`."""
         category, split = self.resolve(category, split)
         folder = self.locate(root)

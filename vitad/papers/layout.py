@@ -103,7 +103,7 @@ def remarks(table: Reproduction, frame: pd.DataFrame) -> list[str]:
 
 
 def write(table: Reproduction, frame: pd.DataFrame, folder: str | Path) -> Path:
-    """Write `<folder>/<stem>.csv` with the numbers as they are and `<stem>.md` with text; gives the path without suffix."""
+    """Write `<folder>/<stem>.csv` with the numbers and `<stem>.md` with text; gives the path without suffix."""
     stem = Path(folder) / table.stem
     with atomic_write(f"{stem}.csv") as temporary:
         frame.to_csv(temporary, index=False)

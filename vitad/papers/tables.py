@@ -217,7 +217,15 @@ class Reproduction:
         """Name of the table's files, without suffix."""
         first = self.requests[0]
         label = f"{'_'.join(self.overrides)[:40]}_{digest(self.overrides)[:8]}" if self.overrides else None
-        words = (self.name, first.dataset, self.category, first.split, first.preset, weights_label(first.weights), label)
+        words = (
+            self.name,
+            first.dataset,
+            self.category,
+            first.split,
+            first.preset,
+            weights_label(first.weights),
+            label,
+        )
         return re.sub(r"[^A-Za-z0-9_.+-]", "_", "-".join(filter(None, words)))
 
 

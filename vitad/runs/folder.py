@@ -86,12 +86,13 @@ def _described(previous: Record) -> dict[str, Any]:
 
 def _first_difference(previous: Mapping[str, Any], request: Request) -> tuple[str, Any, Any]:
     """(name, value there, value here) of the first thing that differs."""
-    theirs, ours = (
-        {name: described[name] for name in ("seed", "preset", "category", "method", "dataset", "split")}
-        | settings_of(described)
-        | {"weights": described["weights"]["asked"]}
-        for described in (previous, {**vars(request), "settings": request.settings, "weights": {"asked": request.weights}})
-    )
+
+    def flat(described: Mapping[str, Any]) -> dict[str, Any]:
+        names = ("seed", "preset", "category", "method", "dataset", "split")
+        return {n: described[n] for n in names} | settings_of(described) | {"weights": described["weights"]["asked"]}
+
+    described = {**vars(request), "settings": request.settings, "weights": {"asked": request.weights}}
+    theirs, ours = flat(previous), flat(described)
     key = next((name for name in ours if theirs.get(name) != ours[name]), "weights")
     return key, theirs.get(key), ours[key]
 

@@ -78,9 +78,7 @@ def heatmap_grid(
     return fig
 
 
-def picture_rows(
-    rows: Mapping[str, Callable[[Axes, int], None]], titles: Sequence[str], width: float = 6.4
-) -> Figure:
+def picture_rows(rows: Mapping[str, Callable[[Axes, int], None]], titles: Sequence[str], width: float = 6.4) -> Figure:
     """One row of pictures for each name, one column for each title: {name: draw(axis, j)}."""
     fig, axes = _grid(len(rows), len(titles), width)
     for i, (name, draw) in enumerate(rows.items()):
@@ -134,9 +132,7 @@ def score_histogram(scores: ArrayLike, labels: ArrayLike, width: float = 6.0) ->
     return fig
 
 
-def dots(
-    panels: Mapping[str, Mapping[str, Sequence[float]]], one_scale: bool = False, width: float = 7.0
-) -> Figure:
+def dots(panels: Mapping[str, Mapping[str, Sequence[float]]], one_scale: bool = False, width: float = 7.0) -> Figure:
     """Metrics of several runs as dots, their means as bars, one panel a metric: {metric: {row: [values]}}.
 
     The first panel names the rows, from the bottom up. `one_scale`: the panels show the same metric.

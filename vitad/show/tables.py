@@ -152,9 +152,7 @@ def _data(record: Record) -> str:
 def _means(metrics: Sequence[Mapping[str, Any]], *names: str) -> dict[str, str]:
     """{title: mean and spread} of all metrics, or of those named, over records' `metrics`."""
     return {
-        METRICS[name]: _mean_and_spread([m[name] for m in metrics])
-        if all(name in m for m in metrics)
-        else NOT_MEASURED
+        METRICS[name]: _mean_and_spread([m[name] for m in metrics]) if all(name in m for m in metrics) else NOT_MEASURED
         for name in names or METRICS
     }
 
