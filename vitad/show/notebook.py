@@ -97,10 +97,13 @@ def _assigned(cells: list[str]) -> Iterator[str]:
 
 def _literals(cell: str) -> list[str]:
     """Names of a cell that holds only lines `name = literal`; of any other cell none."""
+    names = []
     try:
-        statements = ast.parse(cell).body
-        for statement in statements:
-            ast.literal_eval(statement.value)  # type: ignore[attr-defined]
-        return [statement.targets[0].id for statement in statements]  # type: ignore[attr-defined]
-    except (SyntaxError, ValueError, AttributeError):
+        for statement in ast.parse(cell).body:
+            if not isinstance(statement, ast.Assign) or not isinstance(statement.targets[0], ast.Name):
+                return []
+            ast.literal_eval(statement.value)
+            names.append(statement.targets[0].id)
+    except (SyntaxError, ValueError):
         return []
+    return names
