@@ -9,16 +9,24 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 # Notebooks run with this environment's Python, never with a kernel that a user has installed elsewhere.
 export JUPYTER_PREFER_ENV_PATH := 1
 
-.PHONY: help env book test bench clean
+.PHONY: help env book notebooks readme test bench clean
+
+# Everything that was set on the command line, quoted; the scripts refuse names that they do not know.
+GIVEN = $(foreach name,$(filter-out PYTHON TORCH_INDEX,$(.VARIABLES)),\
+  $(if $(filter command,$(origin $(name))),'$(name)=$(subst ','\'',$($(name)))'))
 
 help:
-	@echo "make book    install into $(VENV), run every notebook, build the HTML book"
-	@echo "             PRESET= DATASET= CATEGORY= DATA_ROOT= SPLIT= SEED= DEVICE=   other parameters than the defaults"
-	@echo "             JOBS=                                       notebooks that run at a time"
-	@echo "make test    install into $(VENV), run the tests of the library and the notebooks as committed"
-	@echo "make bench   time the metrics, the damage synthesis and the training steps of vitmem and mala"
-	@echo "make env     only install into $(VENV)"
-	@echo "make clean   remove everything built, except $(VENV)"
+	@echo "make book       install into $(VENV), run every notebook, build the HTML book"
+	@echo "                PRESET= DATASET= CATEGORY= DATA_ROOT= SPLIT= SEED= DEVICE= WEIGHTS=   for all notebooks"
+	@echo "                OVERRIDES='lr=1e-4 epochs=3'   settings that differ from the preset, for all notebooks"
+	@echo "                JOBS=           notebooks that run at a time"
+	@echo "make test       install into $(VENV), run the linters, the tests and the notebooks as committed"
+	@echo "make notebooks  execute the committed notebooks that lag behind the library or the records"
+	@echo "                ONLY='anovit mala'   these   ALL=1   all   JOBS=   notebooks that run at a time"
+	@echo "make readme     write the lists of methods and data sets into README.md"
+	@echo "make bench      time the metrics, the damage synthesis and the training steps of vitmem and mala"
+	@echo "make env        only install into $(VENV)"
+	@echo "make clean      remove everything built, except $(VENV)"
 
 env: $(READY)
 
@@ -38,14 +46,20 @@ $(READY): pyproject.toml constraints.txt
 	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt $$index torch torchvision -e ".[book,test,offline,sweep]"
 	@touch $@
 
-# Everything set on the command line goes to the script, which refuses names that it does not know.
 book: $(READY)
-	@$(PY) book/build.py $(filter-out PYTHON=% TORCH_INDEX=%,$(MAKEOVERRIDES))
+	@$(PY) book/build.py $(GIVEN)
+
+notebooks: $(READY)
+	@$(PY) book/notebooks.py $(GIVEN)
+
+readme: $(READY)
+	@$(PY) book/readme.py
 
 test: export OMP_NUM_THREADS = 1
 test: $(READY)
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/mypy
 	$(PY) -m pytest -q -n $(JOBS) --dist loadfile
 	rm -rf notebooks/runs
 	$(PY) -m pytest -q -n $(JOBS) --dist loadfile --nbval-lax --nbval-current-env notebooks
@@ -57,4 +71,4 @@ bench: $(READY)
 	$(PY) benchmarks/mala.py
 
 clean:
-	rm -rf book/_build notebooks/runs .pytest_cache .ruff_cache
+	rm -rf book/_build notebooks/runs .pytest_cache .ruff_cache .mypy_cache

@@ -13,9 +13,10 @@ import nbformat
 import pytest
 import yaml
 
+from vitad.show.notebook import PARAMETERS
+
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-PARAMETERS = ["dataset", "category", "data_root", "split", "preset", "seed", "device", "out_dir", "overrides"]
 WIDGET = "application/vnd.jupyter.widget-"
 
 
@@ -46,7 +47,7 @@ class TestCommittedNotebook:
         for statement in ast.parse(cells[0].source).body:
             assert isinstance(statement, ast.Assign) and len(statement.targets) == 1
             found[statement.targets[0].id] = ast.literal_eval(statement.value)
-        assert list(found) == PARAMETERS
+        assert tuple(found) == PARAMETERS
         assert (found["dataset"], found["preset"], found["out_dir"]) == ("toy", "demo", "runs")
 
     def test_was_run_from_top_to_bottom_without_error(self, path):
@@ -72,7 +73,9 @@ class TestCommittedNotebook:
 
 
 def notebook(path, *cells):
-    parameters = nbformat.v4.new_code_cell('preset = "demo"\nseed = 0', metadata={"tags": ["parameters"]})
+    parameters = nbformat.v4.new_code_cell(
+        'preset = "demo"\nseed = 0\nweights = "auto"\noverrides = {}', metadata={"tags": ["parameters"]}
+    )
     title = nbformat.v4.new_markdown_cell(f"# {path.stem}\n\n$\\boldsymbol{{x}}^2$")
     code = [nbformat.v4.new_code_cell(source) for source in cells]
     kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
@@ -124,11 +127,17 @@ class ForeignParts(HTMLParser):
 
 def test_a_failing_notebook_stops_the_build_and_the_others_are_kept(tree):
     progress = "import sys; print('9step/s', file=sys.stderr)"
-    notebook(tree / "notebooks" / "one.ipynb", "print(preset, seed)", "open('trace.txt', 'w').write('ran')", progress)
+    notebook(
+        tree / "notebooks" / "one.ipynb",
+        "print(preset, seed, weights, overrides)",
+        "open('trace.txt', 'w').write('ran')",
+        progress,
+    )
     notebook(tree / "notebooks" / "two.ipynb", "def half(x):\n    return x / 0", "half(1)")
     committed = (tree / "notebooks" / "one.ipynb").read_bytes()
 
-    failed = build(tree, "SEED=3", "PRESET=", "DATASET=mt")
+    given = ["SEED=3", "PRESET=", "DATASET=mt", "WEIGHTS=random", "OVERRIDES=lr=1e-4 text='a b'"]
+    failed = build(tree, *given)
     assert failed.returncode == 1
     said = failed.stdout + failed.stderr
     assert "notebooks/two.ipynb: cell In [4]" in said  # papermill adds a cell with the parameters
@@ -136,12 +145,13 @@ def test_a_failing_notebook_stops_the_build_and_the_others_are_kept(tree):
     assert "\x1b[" not in said and "\nTraceback" not in said
     executed = list((tree / "book" / "_build" / "executed").glob("*.ipynb"))
     assert [path.stem.rpartition("-")[0] for path in executed] == ["one"]
-    assert "demo 3" in executed[0].read_text() and str(tree) not in executed[0].read_text()
+    assert """demo 3 random {'lr': '1e-4', 'text': 'a b'}""" in executed[0].read_text()
+    assert str(tree) not in executed[0].read_text()
     assert (tree / "notebooks" / "one.ipynb").read_bytes() == committed
     assert not list((tree / "notebooks").glob("*.txt")), "notebooks run in the build folder"
 
     notebook(tree / "notebooks" / "two.ipynb", "1 + 1")
-    mended = build(tree, "SEED=3", "DATASET=mt")
+    mended = build(tree, *given)
     assert mended.returncode == 0, mended.stdout + mended.stderr
     assert "2 notebooks, 1 to run" in mended.stdout
     assert "4 pages of 4" in mended.stdout
@@ -158,14 +168,19 @@ def test_a_failing_notebook_stops_the_build_and_the_others_are_kept(tree):
     assert not [sheet for sheet in html.rglob("*.css") if re.search(r"url\(['\"]?(https?:)?//", sheet.read_text())]
 
     (tree / "book" / "page.md").write_text("# Page\n\n{cite:p}`lee2022anovit` [nowhere](nowhere.md)\n")
-    warned = build(tree, "SEED=3", "DATASET=mt")
+    warned = build(tree, *given)
     assert warned.returncode == 1 and "0 to run" in warned.stdout
     assert "WARNING" in warned.stderr and "nowhere" in warned.stderr
 
 
 @pytest.mark.parametrize(
     ("argument", "message"),
-    [("PRSET=paper", "did you mean PRESET"), ("SEED=one", "not a whole number"), ("COLOUR=red", "unknown parameter")],
+    [
+        ("PRSET=paper", "did you mean PRESET"),
+        ("SEED=one", "SEED=one is not a whole number"),
+        ("COLOUR=red", "unknown parameter"),
+        ("OVERRIDES=lr", "OVERRIDES=lr is not a list such as"),
+    ],
 )
 def test_unknown_parameters_are_refused_before_anything_runs(tree, argument, message):
     result = build(tree, argument)

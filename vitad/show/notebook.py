@@ -1,0 +1,109 @@
+"""The first call of every notebook."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from vitad.errors import UserError, unknown
+
+if TYPE_CHECKING:
+    from vitad.runs import Request
+
+PARAMETERS = (
+    "dataset",
+    "category",
+    "data_root",
+    "split",
+    "preset",
+    "seed",
+    "device",
+    "weights",
+    "out_dir",
+    "overrides",
+)
+
+
+class ParameterError(UserError):
+    """A parameter of the notebook that is wrong. IPython prints it as one line, without a traceback."""
+
+    def _render_traceback_(self) -> list[str]:
+        return [f"{type(self).__name__}: {self}"]
+
+
+def begin(namespace: dict[str, Any], method: str | None = None) -> Request | None:
+    """Check a notebook's parameters, and print versions, device and settings.
+
+    papermill adds a cell with the values that were given to it, and accepts names that the notebook does not have. A
+    misspelt name would leave the default in place, so it is an error here.
+
+    Parameters
+    ----------
+    namespace
+        `globals()` of the notebook.
+    method
+        Name of the method that the chapter runs. Chapters about several methods leave it out.
+
+    Returns
+    -------
+    Request | None
+        The run that the parameters ask for; `None` without a method.
+
+    Raises
+    ------
+    ParameterError
+        A parameter is misspelt or missing, or has a value that the method or the data set does not have.
+
+    Examples
+    --------
+    The first code cell after the parameters::
+
+        request = notebook.begin(globals(), "vitmem")
+    """
+    from vitad import runs
+    from vitad.settings import parse_overrides
+
+    try:
+        for name in _assigned(namespace.get("In", ())):
+            if name not in PARAMETERS:
+                raise unknown("parameter", name, PARAMETERS)
+        missing = [name for name in PARAMETERS if name not in namespace]
+        if missing:
+            raise UserError(f"the parameters cell does not set {', '.join(missing)}. Add the missing lines.")
+        values = {name: namespace[name] for name in PARAMETERS}
+        values["overrides"] = parse_overrides(values["overrides"])
+        runs.describe_environment(**values)
+        if method is None:
+            return None
+        return runs.Request(method, **{name: value for name, value in values.items() if name != "out_dir"})
+    except UserError as error:
+        raise ParameterError(str(error)) from None
+
+
+def _assigned(cells: list[str]) -> Iterator[str]:
+    """Names that the parameters cell and papermill's cell assign.
+
+    `cells` is IPython's `In`, whose last item is the cell that is running. What ran before an earlier call of `begin`
+    does not count, so that a corrected notebook can be run again in the same kernel.
+    """
+    for cell in reversed(cells[:-1]):
+        if "begin(globals()" in cell:
+            return
+        names = _literals(cell)
+        if cell.startswith("# Parameters") or not set(PARAMETERS).isdisjoint(names):
+            yield from names
+
+
+def _literals(cell: str) -> list[str]:
+    """Names of a cell that holds only lines `name = literal`; of any other cell none."""
+    names = []
+    try:
+        for statement in ast.parse(cell).body:
+            if not isinstance(statement, ast.Assign) or not isinstance(statement.targets[0], ast.Name):
+                return []
+            ast.literal_eval(statement.value)
+            names.append(statement.targets[0].id)
+    except (SyntaxError, ValueError):
+        return []
+    return names
