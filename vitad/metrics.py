@@ -16,6 +16,7 @@ Sources: AUROC as the Mann-Whitney statistic, Hanley & McNeil 1982; AP as the su
 
 from collections.abc import Iterator
 from numbers import Real
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -35,7 +36,7 @@ METRICS: dict[str, str] = {
 
 EIGHT_CONNECTED = np.ones((3, 3), dtype=bool)  # pixels that touch at a corner belong to one region
 
-Arrays = ArrayLike | torch.Tensor  # what `evaluate` takes
+Arrays: TypeAlias = "ArrayLike | torch.Tensor"  # what `evaluate` takes
 
 
 def evaluate(

@@ -94,7 +94,7 @@ def printed_numbers(table: Reproduction) -> pd.DataFrame:
     return rows.assign(category=rows["category"].replace("all", AVERAGE))
 
 
-def _rows(table: Reproduction, numbers: pd.DataFrame) -> dict[str, list[str]]:
+def _rows(table: Reproduction, numbers: pd.DataFrame) -> dict[str | None, list[str | None]]:
     """{row of the table: the categories whose mean it is}.
 
     On the paper's data the printed rows, as far as they are asked for, and their average if all are. On other data the
@@ -119,21 +119,21 @@ def _tested(request: Request) -> list[str | None]:
     return [request.category]
 
 
-def _metrics_by_category(record: Record) -> dict[str, dict[str, float | None]]:
+def _metrics_by_category(record: Record) -> dict[str | None, dict[str, float | None]]:
     """{category: metrics} of a run; of a model of several categories, of each."""
     several = record.get("metrics_by_category", {})
     return {c.split("/")[-1]: m for c, m in several.items()} or {record["category"]: record["metrics"]}
 
 
 def _reproduced(
-    line: dict[str, Any], table: Reproduction, categories: list[str], records: Mapping[str, Record]
+    line: dict[str, Any], table: Reproduction, categories: list[str | None], records: Mapping[str, Record]
 ) -> dict[str, Any]:
     """What the runs say: the columns of `cells` from `method` on."""
     metric = line["metric"]
     requests = [r for r in table.columns[line["column"]] if set(_tested(r)) & set(categories)]
     pairs = [(r, records[r.hash]) for r in requests if r.hash in records]
     made = [record for _, record in pairs]
-    by_seed: dict[int, dict[str, float | None]] = {}
+    by_seed: dict[int, dict[str | None, float | None]] = {}
     for record in made:
         values = {c: m.get(metric) for c, m in _metrics_by_category(record).items()}
         by_seed.setdefault(record["seed"], {}).update(values)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import pandas as pd
 
@@ -48,7 +49,7 @@ class Claim:
     section: str
     claim: str
     printed: str
-    tables: Callable[[], float | tuple[float, float]]  # number, or (lowest, highest) where rounded rows hide which
+    tables: Callable[[], float | tuple[float, ...]]  # number, or (lowest, highest) where rounded rows hide which
 
     def check(self) -> tuple[str, str, str, str, bool]:
         value = self.tables()
@@ -122,7 +123,7 @@ def _added(variant: str, metric: str) -> float:
 def _ablation(what: str, variant: str, *printed: str) -> list[Claim]:
     """Three claims, one a metric."""
     pairs = zip(METRICS_PRINTED, printed, strict=True)
-    return [Claim("4.5", f"{what}, {METRICS[m]}", p, lambda m=m: _added(variant, m)) for m, p in pairs]
+    return [Claim("4.5", f"{what}, {METRICS[m]}", p, partial(_added, variant, m)) for m, p in pairs]
 
 
 def _sizes(*columns: str) -> pd.Series:

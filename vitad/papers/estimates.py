@@ -64,7 +64,8 @@ def overview(requests: list[Request], records: Mapping[str, Record]) -> tuple[pd
     groups: dict[str, list[Request]] = {}
     for request in requests:
         groups.setdefault("".join(request.name.rpartition(f"-s{request.seed}")[::2]), []).append(request)
-    lines, left, bases = [], 0.0, []
+    lines, bases = [], []
+    left: float | None = 0.0
     for stem, group in groups.items():
         seconds, basis = estimate(group[0], records.values())
         missing = [r for r in group if r.hash not in records]

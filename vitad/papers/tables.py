@@ -143,7 +143,7 @@ class Reproduction:
     preset: str | None = None
     seeds: int = 3
     weights: str = AUTO
-    overrides: Mapping[str, Any] = field(default_factory=dict)
+    overrides: dict[str, Any] = field(default_factory=dict)
     data_root: str | Path | None = None
     device: str = "auto"
 

@@ -132,9 +132,11 @@ def tidy(folder: Path) -> None:
 
 def write_maps(folder: Path, test: ImageSet, maps: np.ndarray, scores: np.ndarray) -> None:
     """`maps.npz`: maps (N,H,W), masks (N,H,W) bool, scores, labels, paths and defects (N,)."""
-    described = dict(masks=test.masks, labels=test.labels, paths=test.paths, defects=test.defects)
+    arrays = dict(
+        maps=maps, scores=scores, masks=test.masks, labels=test.labels, paths=test.paths, defects=test.defects
+    )
     with atomic_write(folder / "maps.npz") as temporary, open(temporary, "wb") as file:
-        np.savez(file, maps=maps, scores=scores, **described)
+        np.savez(file, **arrays)  # type: ignore[arg-type]
 
 
 def write_scores(folder: Path, test: ImageSet, scores: np.ndarray) -> None:

@@ -218,7 +218,7 @@ def _located(test: ImageSet) -> np.ndarray:
 def _means(metrics: list[dict[str, float | None]]) -> dict[str, float | None]:
     """Means over categories. A metric that one of them does not have has no mean."""
     columns = {name: [m[name] for m in metrics] for name in metrics[0]}
-    return {name: None if None in column else float(np.mean(column)) for name, column in columns.items()}
+    return {name: None if None in column else float(np.mean(column)) for name, column in columns.items()}  # type: ignore
 
 
 def _counts(model: Method, images: Split, history: list[dict]) -> dict[str, Any]:

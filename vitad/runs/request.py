@@ -60,7 +60,7 @@ class Request:
     split: str | None = None
     preset: str = "demo"
     seed: int = 0
-    overrides: Mapping[str, Any] = field(default_factory=dict)
+    overrides: dict[str, Any] = field(default_factory=dict)
     weights: str = AUTO
     data_root: str | Path | None = None
     device: str = "auto"

@@ -31,7 +31,8 @@ def cost(names: Iterable[str], image_size: int = 256, preset: str = "paper", dev
         model, px = _untrained(methods.get(name), image_size, preset)
         model = model.to(on).eval()
         model.fill_for_timing()
-        image, seconds = torch.rand(1, 3, px, px, device=on), []
+        image = torch.rand(1, 3, px, px, device=on)
+        seconds: list[float] = []
         with torch.no_grad(), autocast(on, model.settings.amp):
             # The counter does not see fused attention. This round also warms up.
             with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):

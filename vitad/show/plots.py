@@ -43,7 +43,8 @@ def examples(
 
 def heat_range(maps: ArrayLike) -> Limits:
     """(low, high) of one colour scale for a whole test set: median of the pixels, 99.8th percentile."""
-    low, high = np.percentile(np.asarray(maps, np.float32)[:: max(1, len(maps) // 100)], (50, 99.8))
+    pixels = np.asarray(maps, np.float32)
+    low, high = np.percentile(pixels[:: max(1, len(pixels) // 100)], (50, 99.8))
     return float(low), float(max(high, low + 1e-9))
 
 
@@ -61,8 +62,8 @@ def heatmap_grid(
     colour scale (low, high) or {method: (low, high)}, one for all columns, so that columns can be compared. Maps may
     have another size than the images.
     """
-    maps = maps if isinstance(maps, dict) else {"anomaly map": maps}
-    limits = limits if isinstance(limits, dict) else dict.fromkeys(maps, limits)
+    maps = {"anomaly map": maps} if isinstance(maps, np.ndarray) else dict(maps)
+    limits = dict(limits) if isinstance(limits, Mapping) else {name: limits for name in maps}
     n = len(images)
     fig, axes = _grid(1 + len(maps), n, width)
     for j in range(n):

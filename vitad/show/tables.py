@@ -108,7 +108,7 @@ def ablation(
     variants : {name: records of its seeds}.
     printed : {name: {metric: percent}} as the paper prints it, shown beside.
     """
-    rows = {}
+    rows: dict[str, dict[str, Any]] = {}
     for name, records in variants.items():
         rows[name] = {"seeds": len(records)}
         for metric, title in METRICS.items():
@@ -158,7 +158,8 @@ def _means(metrics: Sequence[Mapping[str, Any]], *names: str) -> dict[str, str]:
 
 
 def _mean_and_spread(values: Sequence[float | None]) -> str:
-    if any(v is None for v in values):
+    numbers = np.array([v for v in values if v is not None], float)
+    if len(numbers) < len(values):
         return NOT_DEFINED
-    spread = f" ± {np.std(list(values), ddof=1):.3f}" if len(values) > 1 else ""
-    return f"{np.mean(list(values)):.3f}{spread}"
+    spread = f" ± {numbers.std(ddof=1):.3f}" if len(numbers) > 1 else ""
+    return f"{numbers.mean():.3f}{spread}"
