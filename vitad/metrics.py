@@ -36,7 +36,7 @@ METRICS: dict[str, str] = {
 
 EIGHT_CONNECTED = np.ones((3, 3), dtype=bool)  # pixels that touch at a corner belong to one region
 
-Arrays: TypeAlias = "ArrayLike | torch.Tensor"  # what `evaluate` takes
+Arrays: TypeAlias = ArrayLike | torch.Tensor  # what `evaluate` takes
 
 
 def evaluate(
