@@ -6,7 +6,7 @@ A notebook keeps digests of these in its metadata (`vitad.sources`), and lags wh
     cells      the source of its code cells
     library    each module of `vitad` that it imports, directly or not: its code without comments and docstrings, or its
                full text where the notebook shows it, and the data files that it names
-    records    the record.json files below results/
+    records    the record.json files below results/ and the JSON files below experiments/
 Each notebook runs in a new folder under book/_build/notebooks and is replaced when it is whole.
 """
 
@@ -101,8 +101,21 @@ def imports(tree: ast.AST, package: str = "") -> Iterator[tuple[str, str]]:
 
 @cache
 def imported_by(module: str) -> set[str]:
-    package = module if modules()[module].name == "__init__.py" else module.rpartition(".")[0]
-    return {name for _, name in imports(parsed(module), package)}
+    tree, package = parsed(module), module if modules()[module].name == "__init__.py" else module.rpartition(".")[0]
+    return {name for _, name in imports(tree, package)} | registered(tree)
+
+
+def registered(tree: ast.Module) -> set[str]:
+    """Modules imported as `import_module(f"package.{name}")`, with the names as texts of the same module.
+
+    Methods do not count here: a notebook depends on those that it names itself.
+    """
+    calls = [
+        node for node in ast.walk(tree) if isinstance(node, ast.Call) and "import_module" in ast.unparse(node.func)
+    ]
+    starts = {node.value for call in calls for node in ast.walk(call) if isinstance(node, ast.Constant)} - {METHODS}
+    texts = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)}
+    return {f"{start}{text}" for start in starts for text in texts if start != "vitad."} & set(modules())
 
 
 @cache
@@ -119,7 +132,7 @@ def version(module: str, in_full: bool) -> str:
 
 
 def uses(notebook: ast.Module) -> tuple[set[str], set[str]]:
-    """Modules that a notebook uses by name, and those among them whose source it may show."""
+    """Modules and packages that a notebook uses by name, and those among them whose source it may show."""
     imported = list(imports(notebook))
     names = {node.id for node in ast.walk(notebook) if isinstance(node, ast.Name)}
     names |= {node.attr for node in ast.walk(notebook) if isinstance(node, ast.Attribute)}
@@ -141,14 +154,14 @@ def sources(nb: nbformat.NotebookNode) -> dict:
     library: dict[str, str] = {}
     while todo:
         module = todo.pop()
-        library[module] = version(module, module in in_full)
+        library[module] = version(module, any(f"{module}.".startswith(f"{shown}.") for shown in in_full))
         todo |= imported_by(module) - set(library)
     return {"cells": digest("\0".join(cells)), "library": dict(sorted(library.items())), "records": records()}
 
 
 @cache
 def records() -> str:
-    files = sorted((ROOT / "results").rglob("record.json"))
+    files = sorted([*(ROOT / "results").rglob("record.json"), *(ROOT / "experiments").rglob("*.json")])
     return digest("\0".join(f"{file.relative_to(ROOT)}\0{file.read_text()}" for file in files))
 
 

@@ -27,10 +27,8 @@ def functions_of(kind):
             value = value.fget
         elif isinstance(value, (staticmethod, classmethod)):
             value = value.__func__
-        generated = getattr(value, "__qualname__", "").startswith("__create_fn__") or hasattr(
-            kind, "__dataclass_fields__"
-        )
-        if inspect.isfunction(value) and (not name.startswith("_") or (name == "__init__" and not generated)):
+        written = getattr(value, "__module__", None) == kind.__module__ and not hasattr(kind, "__dataclass_fields__")
+        if inspect.isfunction(value) and (not name.startswith("_") or (name == "__init__" and written)):
             yield f"{kind.__module__}.{kind.__qualname__}.{name}", value
 
 
@@ -89,17 +87,18 @@ def test_every_public_module_is_on_one_page_of_the_reference():
     assert shown == Counter(MODULES[1:])
 
 
-def examples(module):
-    """Docstrings of a module that hold examples."""
-    return [test for test in doctest.DocTestFinder().find(importlib.import_module(module)) if test.examples]
+def examples(module, **names):
+    """Docstrings of a module that hold examples; `names` are known in them."""
+    found = doctest.DocTestFinder().find(importlib.import_module(module), extraglobs=names)
+    return [test for test in found if test.examples]
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_examples_run(module, tmp_path, monkeypatch):
+def test_examples_run(module, request, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
     said = []
-    for test in examples(module):
+    for test in examples(module, getfixture=request.getfixturevalue):  # as pytest --doctest-modules has it
         runner.run(test, out=said.append)
     assert not runner.summarize(verbose=False).failed, "".join(said)
 

@@ -34,6 +34,13 @@ def test_contents_and_notebooks_match():
     assert not left_out, f"not in book/_toc.yml: {left_out}"
 
 
+def test_the_readme_lists_the_methods_and_data_sets_of_today():
+    sys.path.insert(0, str(ROOT / "book"))
+    import readme
+
+    assert readme.updated(readme.README.read_text()) == readme.README.read_text(), "`make readme` brings it up to date"
+
+
 def test_jupyter_book_executes_nothing():
     assert yaml.safe_load((ROOT / "_config.yml").read_text())["execute"]["execute_notebooks"] == "off"
 

@@ -3,6 +3,7 @@
 import re
 import shlex
 import subprocess
+import sys
 import tomllib
 from importlib import metadata
 from pathlib import Path
@@ -103,3 +104,26 @@ def test_make_hands_on_what_was_set_on_the_command_line_in_one_piece():
     command = ["make", "--dry-run", "--assume-old=.venv/.ready", "book", *given]
     lines = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
     assert sorted(shlex.split(lines[-1])[2:]) == sorted(given[:-1])
+
+
+def test_hooks_use_installed_tools_and_are_valid(tmp_path):
+    config = ROOT / ".pre-commit-config.yaml"
+    subprocess.run([sys.executable, "-m", "pre_commit", "validate-config", config], check=True)
+    hooks = {hook["id"]: hook for repo in yaml.safe_load(config.read_text())["repos"] for hook in repo["hooks"]}
+    assert {hook["language"] for hook in hooks.values()} == {"system"}, "no hook needs a network"
+    for name, size in (("small", 3 * 2**20), ("large", 3 * 2**20 + 1)):
+        (tmp_path / name).write_bytes(bytes(size))
+        command = [sys.executable, *shlex.split(hooks["no-large-files"]["entry"])[1:], tmp_path / name]
+        assert subprocess.run(command, capture_output=True).returncode == (name == "large")
+
+
+def test_continuous_integration_runs_the_two_commands_of_the_readme():
+    jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())["jobs"]
+    steps = [step.get("run", "") for job in jobs.values() for step in job["steps"]]
+    commands = re.search(r"## Two commands.*?```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    for line in commands.splitlines():
+        assert [step for step in steps if step.startswith(line.partition("#")[0].strip())]
+
+
+def test_the_changelog_has_this_version():
+    assert f"## [{PROJECT['version']}]" in (ROOT / "CHANGELOG.md").read_text()

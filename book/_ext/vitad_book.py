@@ -1,15 +1,16 @@
-"""Sphinx extension: tables from the run records in the book's own pages, and no script from elsewhere.
+"""Sphinx extension: tables of the run records in the pages of the book, and no script of another host.
 
-A comment in a page under book/ is replaced while the book is built; `key=value` pairs choose among the records:
+A comment in a page under book/ is replaced while the book is built. Its `key=value` pairs choose among the records:
 
-    <!-- results dataset=mt -->                                    a table, one line a setting, mean over its seeds
-    <!-- splits dataset=mt honest=grouped other=differnet -->      what changing the split does to each method
+    <!-- results dataset=mt -->                                    a table with a row for each setting: means over seeds
+    <!-- splits dataset=mt honest=grouped other=differnet -->      what another split changes for each method
 """
 
 import re
 from pathlib import Path
 
-from vitad import runs, tables
+from vitad import runs
+from vitad.show import tables
 
 MARKER = re.compile(r"<!-- (results|splits)((?: \w+=[\w.-]+)*) -->")
 
@@ -17,7 +18,7 @@ MARKER = re.compile(r"<!-- (results|splits)((?: \w+=[\w.-]+)*) -->")
 def expand(app, docname, source):
     root = Path(app.srcdir)
 
-    def written(match):
+    def table(match):
         wanted = dict(pair.split("=") for pair in match[2].split())
         splits = [wanted.pop(key) for key in ("honest", "other") if key in wanted]
         records = [r for r in runs.read_records(root / "results") if all(str(r[k]) == v for k, v in wanted.items())]
@@ -27,11 +28,11 @@ def expand(app, docname, source):
         return tables.markdown(tables.across_splits(records, *splits) if splits else tables.over_seeds(records))
 
     if docname.startswith("book/"):
-        source[0] = MARKER.sub(written, source[0])
+        source[0] = MARKER.sub(table, source[0])
 
 
 def without_thebe(app, pagename, templatename, context, doctree):
-    """Jupyter Book adds Thebe's loader to every page, twice, although nothing here uses it; it names a foreign host."""
+    """Remove Thebe's loader, which Jupyter Book adds to every page although nothing uses it. It names another host."""
     scripts = context["script_files"]
     context["script_files"] = [s for s in scripts if "thebe" not in f"{s.filename}{s.attributes.get('body')}".lower()]
 
