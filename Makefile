@@ -33,9 +33,9 @@ env: $(READY)
 $(READY): pyproject.toml constraints.txt
 	@$(PY) -m pip --version >/dev/null 2>&1 || { \
 	  for python in $(or $(PYTHON),python3.11 python3); do \
-	    $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && break; python=; \
+	    $$python -c 'import sys; sys.exit(sys.version_info < (3, 11, 4))' 2>/dev/null && break; python=; \
 	  done; \
-	  test -n "$$python" || { echo "No Python 3.11 or newer found as $(or $(PYTHON),python3.11 or python3); name one: make PYTHON=/path/to/python"; exit 1; }; \
+	  test -n "$$python" || { echo "No Python 3.11.4 or newer found as $(or $(PYTHON),python3.11 or python3); name one: make PYTHON=/path/to/python"; exit 1; }; \
 	  $$python -m venv --clear $(VENV) || { echo "$$python cannot make a virtual environment (Debian: apt install python3-venv)"; exit 1; }; }
 	@index=; \
 	if ! command -v nvidia-smi >/dev/null && \

@@ -79,13 +79,19 @@ def test_jupyter_book_stays_below_two():
 
 def test_conda_installs_the_same_versions():
     listed = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
-    python = next(line for line in listed if str(line).startswith("python="))
-    assert Version(python.split("=")[1]) in SpecifierSet(PROJECT["requires-python"])
+    python = SpecifierSet(next(line for line in listed if str(line).startswith("python")).removeprefix("python"))
+    allowed = [f"3.{minor}.{patch}" for minor in range(8, 20) for patch in range(20) if f"3.{minor}.{patch}" in python]
+    assert allowed and all(version in SpecifierSet(PROJECT["requires-python"]) for version in allowed)
     pip = next(line["pip"] for line in listed if isinstance(line, dict))
     assert "-c constraints.txt" in pip
     others = [Requirement(line) for line in pip if not line.startswith("-")]
     assert {r.name for r in others} == {"torch", "torchvision"}
     assert all(pins()[r.name] in r.specifier for r in others)
+
+
+def test_make_looks_for_a_python_that_is_allowed():
+    smallest = PROJECT["requires-python"].removeprefix(">=")
+    assert f"sys.version_info < ({smallest.replace('.', ', ')})" in (ROOT / "Makefile").read_text()
 
 
 def test_conda_and_make_install_the_same_extras():
