@@ -130,15 +130,13 @@ def execute(task: Task) -> str | None:
         extra_arguments=["--IPKernelApp.log_level=CRITICAL"],  # else every kernel warns of unencrypted sockets
     )
     with tqdm(total=len(code), desc=f"  {task.notebook.stem}", unit="cell", leave=False, disable=None) as bar:
-        started = []
-        client.on_cell_start = lambda cell, **_: started.append(cell)
         client.on_cell_executed = lambda **_: bar.update()
         client.on_notebook_start = lambda **_: setattr(task, "kernel", client.km.provisioner.pid)
         try:
             asyncio.run(client.async_execute())
         except Exception as error:
             nbformat.write(tidy(nb, task.folder), partial)
-            return f"cell In [{len(started)}]{describe(nb, error)}\n    as far as it came: {partial}"
+            return f"cell In [{client.code_cells_executed}]{describe(nb, error)}\n    as far as it came: {partial}"
         finally:
             task.kernel = None
     nb.metadata.update(task.metadata)

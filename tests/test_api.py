@@ -3,6 +3,7 @@
 import doctest
 import importlib
 import inspect
+import re
 import sys
 from collections import Counter
 from pathlib import Path
@@ -17,6 +18,7 @@ sys.path.insert(0, str(ROOT / "book" / "_ext"))
 import vitad_api  # noqa: E402  book/_ext/vitad_api.py
 
 MODULES = ["vitad", *vitad_api.public_modules()]
+SECTIONS = ("Parameters", "Returns", "Raises", "Attributes")
 WITH_EXAMPLES = ["load", "run", "evaluate"]  # of the front door
 
 
@@ -70,6 +72,21 @@ def test_everything_public_has_a_docstring(module):
     assert importlib.import_module(module).__doc__
     missing = [name for name, value in public_objects(module) if not documentation(name, value)]
     assert not missing, f"without a docstring: {missing}"
+
+
+def sentences_as_types(docstring):
+    """Entries of a numpydoc section that have a sentence where a type belongs (`name : type`)."""
+    sections = re.split(r"^(\w+)\n-{3,}$", docstring, flags=re.MULTILINE)
+    bodies = [body for name, body in zip(sections[1::2], sections[2::2], strict=True) if name in SECTIONS]
+    entries = re.findall(r"^\S.* : .*", "\n".join(bodies), flags=re.MULTILINE)
+    return [entry for entry in entries if entry.endswith(".") or ". " in entry]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_descriptions_stand_below_the_names_that_they_describe(module):
+    documented = {name: inspect.getdoc(value) or "" for name, value in public_objects(module)}
+    wrong = {name: sentences_as_types(text) for name, text in documented.items() if sentences_as_types(text)}
+    assert not wrong, f"the page would show these sentences as types: {wrong}"
 
 
 @pytest.mark.parametrize("module", MODULES)
