@@ -302,7 +302,7 @@ def test_a_checkpoint_of_a_method_is_no_backbone(refused, toy_root, tmp_path):
 
 def test_a_loss_that_is_not_finite(refused, toy_root):
     line = refused("run", "anovit", "--data-root", toy_root, "--preset", "smoke", "--set", "lr=1e30", "--out", "out")
-    assert re.search(r"not finite at phase train, epoch \d.*lr=1e\+30.*A smaller lr is the usual mend", line)
+    assert re.search(r"not finite at phase train, epoch \d.*lr=1e\+30.*A smaller lr usually fixes this", line)
 
 
 # --- the disk is full -------------------------------------------------------------------------------------

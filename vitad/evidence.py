@@ -33,7 +33,8 @@ def check_expected(record: Record, committed: Sequence[Record], metric: str = "i
 
     Raises
     ------
-    AssertionError : the run lies outside of the tolerance.
+    AssertionError
+        The run lies outside of the tolerance.
     """
     mean, tolerance, n = expected(committed, metric)
     if not n:

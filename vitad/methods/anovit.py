@@ -31,6 +31,8 @@ CATEGORY = None
 
 @dataclass(frozen=True)
 class Settings:
+    """The defaults are those of the authors' code; *ours* marks what neither code nor abstract fixes."""
+
     encoder: str = "vit_base_patch16_384"  # authors' code; ImageNet-21k, then ImageNet-1k
     pretrained: bool = True  # authors' code
     freeze_encoder: bool = False  # authors' code fine-tunes everything

@@ -39,6 +39,8 @@ CATEGORY = "all"  # one model for all categories is the paper's point
 
 @dataclass(frozen=True)
 class Settings:
+    """The defaults are the paper's; *ours* marks what it leaves open."""
+
     encoder: str = "vit_large_patch16_224.mae"  # sec. IV-C: 24 blocks, width 1024, a grid of 14 x 14, from MAE
     depth: int | None = None  # ours: only the first blocks of the encoder; all by default
     pretrained: bool = True  # sec. IV-C: ImageNet-1k, encoder and decoder
@@ -360,7 +362,7 @@ class Model(Method):
     # --- score ---
 
     def anomaly_map(self, images: Tensor) -> Tensor:
-        """Images (B,3,S,S) -> maps (B,S,S): Y_hat[0], or |X - X_bar|."""
+        """Images (B,3,S,S) -> maps (B,S,S): Y_hat[0], or abs(X - X_bar)."""
         if self.settings.pipeline == "e2e":
             return self.predict(images).softmax(1)[:, 0]
         passes: list[Tensor | None] = [None]  # all patches visible at once

@@ -31,6 +31,8 @@ CATEGORY = None
 
 @dataclass(frozen=True)
 class Settings:
+    """The defaults are the paper's; *ours* marks what it leaves open."""
+
     encoder: str = "vit_base_patch16_384"  # sec. 4.2: patches of 16 px, width 768
     heads: int = 8  # sec. 4.2
     depth: int = 12  # ours: L is not given; that of ViT-B

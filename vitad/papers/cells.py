@@ -31,8 +31,10 @@ def cells(table: Reproduction, records: Mapping[str, Record]) -> pd.DataFrame:
 
     Parameters
     ----------
-    table : which runs fill it.
-    records : {hash: record}, as `vitad.runs.by_hash` gives them.
+    table
+        Which runs fill it.
+    records
+        {hash: record}, as `vitad.runs.by_hash` gives them.
 
     Returns
     -------

@@ -46,12 +46,15 @@ def claims(paper: str) -> pd.DataFrame:
 
 @dataclass(frozen=True)
 class Claim:
+    """A sentence of a paper with a number, and how to compute that number from the paper's own tables."""
+
     section: str
     claim: str
     printed: str
     tables: Callable[[], float | tuple[float, ...]]  # number, or (lowest, highest) where rounded rows hide which
 
     def check(self) -> tuple[str, str, str, str, bool]:
+        """(section, claim, number as printed, number from the tables, whether they agree)."""
         value = self.tables()
         low, high = value if isinstance(value, tuple) else (value, value)
         shown = " to ".join(f"{round(v, 2):g}" for v in dict.fromkeys((low, high)))

@@ -114,20 +114,30 @@ class Reproduction:
 
     Parameters
     ----------
-    name : one of `TABLES`.
-    dataset : the paper's by default. Any other re-runs the same methods and variants there.
-    category : one, or several with commas between, or `each`. By default each of a published data set, and the default
+    name
+        One of `TABLES`.
+    dataset
+        The paper's by default. Any other re-runs the same methods and variants there.
+    category
+        One, or several with commas between, or `each`. By default each of a published data set, and the default
         of the data set elsewhere. A method that takes all categories in one model, such as `mala`, does so.
-    split : of `mt`; by default the paper's, or that of the data set.
-    preset : by default `usual_preset`.
-    seeds : how many, from 0.
-    weights : of the backbone, as in `Request`.
-    overrides : further settings of all runs, beside those that make the columns.
-    data_root, device : as in `Request`.
+    split
+        Of `mt`; by default the paper's, or that of the data set.
+    preset
+        By default `usual_preset`.
+    seeds
+        How many, from 0.
+    weights
+        Of the backbone, as in `Request`.
+    overrides
+        Further settings of all runs, beside those that make the columns.
+    data_root, device
+        As in `Request`.
 
     Raises
     ------
-    UserError : unknown names, and overrides that the columns themselves differ in.
+    UserError
+        Unknown names, and overrides that the columns themselves differ in.
 
     Examples
     --------
@@ -249,7 +259,8 @@ def combinations(blocks: list[dict[str, Any]]) -> list[Request]:
 
     Parameters
     ----------
-    blocks : dicts with fields of `Request`, each one value or a list of them, of which all combinations are taken.
+    blocks
+        Dicts with fields of `Request`, each one value or a list of them, of which all combinations are taken.
         Categories are given as in `Reproduction`.
     """
     if not (isinstance(blocks, list) and blocks and all(isinstance(b, dict) for b in blocks)):
@@ -278,10 +289,14 @@ def run_missing(
 
     Parameters
     ----------
-    requests : the runs.
-    records : {hash: record}, as `vitad.runs.by_hash` gives them.
-    folder : of the folders of the runs.
-    say : called with lines of text.
+    requests
+        The runs.
+    records
+        {hash: record}, as `vitad.runs.by_hash` gives them.
+    folder
+        Of the folders of the runs.
+    say
+        Called with lines of text.
 
     Returns
     -------

@@ -31,7 +31,8 @@ def claim(folder: Path, request: Request, data: Found) -> Record | None:
 
     Raises
     ------
-    UserError : `folder` is a file, or holds another run or other files.
+    UserError
+        `folder` is a file, or holds another run or other files.
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file. Give a folder with --out.")
@@ -167,13 +168,17 @@ def load_model(folder: str | Path, device: str = "auto", phase: str | None = Non
 
     Parameters
     ----------
-    folder : of the run.
-    device : `auto`, `cpu` or `cuda`.
-    phase : take the weights after this phase of training instead of the last ones.
+    folder
+        Of the run.
+    device
+        `auto`, `cpu` or `cuda`.
+    phase
+        Take the weights after this phase of training instead of the last ones.
 
     Raises
     ------
-    UserError : no finished run there, or its checkpoint is missing or does not fit.
+    UserError
+        No finished run there, or its checkpoint is missing or does not fit.
     """
     record = read_record(folder)
     module = methods.get(record["method"])

@@ -46,18 +46,24 @@ def run(
 
     Parameters
     ----------
-    request : a `Request`, or the name of a method.
-    out : folder of the run.
-    say : called with lines of text about the data and the weights, such as `print`.
-    fields : fields of `Request` that differ from those of `request`.
+    request
+        A `Request`, or the name of a method.
+    out
+        Folder of the run.
+    say
+        Called with lines of text about the data and the weights, such as `print`.
+    fields
+        Fields of `Request` that differ from those of `request`.
 
     Returns
     -------
-    dict : what `record.json` holds. Metrics of several categories are their means.
+    dict
+        What `record.json` holds. Metrics of several categories are their means.
 
     Raises
     ------
-    UserError : on bad input, before anything is written.
+    UserError
+        On bad input, before anything is written.
 
     Examples
     --------
@@ -124,10 +130,14 @@ def run_variants(
 
     Parameters
     ----------
-    request : what all runs have in common.
-    variants : {name: overrides on top of those of `request`}.
-    seeds : of the runs of each variant.
-    out : the runs go to folders `<name>-<seed>` in it.
+    request
+        What all runs have in common.
+    variants
+        {name: overrides on top of those of `request`}.
+    seeds
+        Of the runs of each variant.
+    out
+        The runs go to folders `<name>-<seed>` in it.
     """
     return {
         name: [

@@ -29,19 +29,28 @@ class Request:
 
     Parameters
     ----------
-    method : name in `vitad.methods.METHODS`.
-    dataset, category, split : as in `vitad.data.load`. Without a category, the method's default comes before that of
+    method
+        Name in `vitad.methods.METHODS`.
+    dataset, category, split
+        As in `vitad.data.load`. Without a category, the method's default comes before that of
         the data set: `mala` takes all categories in one model.
-    preset, overrides : see `vitad.settings.resolve`. Overrides may be text, as on the command line.
-    seed : decides initial weights, order of the images and every other random choice.
-    weights : of the backbone, see `vitad.backbones.vit`: `auto`, `random` or a file. A file counts by its contents.
-    data_root : folder of the data set.
-    device : `auto` (CUDA where there is one), `cpu` or `cuda`.
-    skip_bad : leave unreadable images out instead of stopping.
+    preset, overrides
+        See `vitad.settings.resolve`. Overrides may be text, as on the command line.
+    seed
+        Decides initial weights, order of the images and every other random choice.
+    weights
+        Of the backbone, see `vitad.backbones.vit`: `auto`, `random` or a file. A file counts by its contents.
+    data_root
+        Folder of the data set.
+    device
+        `auto` (CUDA where there is one), `cpu` or `cuda`.
+    skip_bad
+        Leave unreadable images out instead of stopping.
 
     Raises
     ------
-    UserError : a name is unknown, a setting has a wrong type or is out of range, the seed is not a whole number.
+    UserError
+        A name is unknown, a setting has a wrong type or is out of range, the seed is not a whole number.
 
     Examples
     --------
@@ -51,7 +60,7 @@ class Request:
     >>> request == Request("patchknn", preset="smoke", overrides=["sigma=2.0"])
     True
     >>> request.name
-    'patchknn-sigma_54077cf1-toy-gear-smoke-s0'
+    'patchknn-sigma_7689c009-toy-gear-smoke-s0'
     """
 
     method: str

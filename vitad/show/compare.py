@@ -28,14 +28,19 @@ def compare(
 
     Parameters
     ----------
-    folders : of the runs, with `record.json` and `maps.npz`; of one data set and one split.
-    out : the PNG file.
-    data_root : folder of the data set, as in `vitad.data.load`.
-    per_kind, good : numbers of images of each kind of defect, and of good ones.
+    folders
+        Of the runs, with `record.json` and `maps.npz`; of one data set and one split.
+    out
+        The PNG file.
+    data_root
+        Folder of the data set, as in `vitad.data.load`.
+    per_kind, good
+        Numbers of images of each kind of defect, and of good ones.
 
     Raises
     ------
-    UserError : runs have no maps, share no test image, or were tested on other data than `data_root`.
+    UserError
+        Runs have no maps, share no test image, or were tested on other data than `data_root`.
     """
     records, maps = [read_record(f) for f in folders], [read_maps(f) for f in folders]
     shared = set.intersection(*({str(p) for p in m["paths"]} for m in maps))

@@ -105,8 +105,10 @@ def ablation(
 
     Parameters
     ----------
-    variants : {name: records of its seeds}.
-    printed : {name: {metric: percent}} as the paper prints it, shown beside.
+    variants
+        {name: records of its seeds}.
+    printed
+        {name: {metric: percent}} as the paper prints it, shown beside.
     """
     rows: dict[str, dict[str, Any]] = {}
     for name, records in variants.items():

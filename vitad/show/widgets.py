@@ -20,10 +20,14 @@ def slider_over(
 
     Parameters
     ----------
-    frames : HTML or widget of each position.
-    labels : name of each position; shown in the frame's first line.
-    description : name of the slider.
-    start : position that is shown first.
+    frames
+        HTML or widget of each position.
+    labels
+        Name of each position; shown in the frame's first line.
+    description
+        Name of the slider.
+    start
+        Position that is shown first.
     """
     wide = widgets.Layout(width="100%", max_width="560px")
     slider = widgets.IntSlider(

@@ -1,8 +1,11 @@
 """VisA (Zou et al. 2022, SPot-the-Difference): 12 categories, 10,821 images, the one-class split from its file.
 
-As published:                        split_csv/1cls.csv with the columns object, split, label, image, mask
+As published::
+
+    split_csv/1cls.csv with the columns object, split, label, image, mask
     <category>/Data/Images/{Normal,Anomaly}/*.JPG    <category>/Data/Masks/Anomaly/*.png
-As its prepare_data.py converts it:  the MVTec layout with the one kind `bad`
+
+As its prepare_data.py converts it: the MVTec layout with the one kind `bad`.
 
 The masks as published hold the small ids of kinds of defect, so they look black. Either layout gives the same
 records but for their paths; the kind is called `anomaly`.

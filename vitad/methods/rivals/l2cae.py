@@ -23,6 +23,8 @@ CATEGORY = None
 
 @dataclass(frozen=True)
 class Settings:
+    """The defaults are those of the source that each line names."""
+
     image_size: int = 256  # third-party version of Bergmann's code for objects; 128 for texture crops
     latent: int = 100  # 100 for textures, 500 for objects
     epochs: int = 200  # Bergmann et al.

@@ -27,6 +27,8 @@ CATEGORY = None
 
 @dataclass(frozen=True)
 class Settings:
+    """The defaults are those of AnomalyDINO; *ours* marks what differs."""
+
     backbone: str = DINOV2_S14  # AnomalyDINO
     pretrained: bool = True
     image_size: int = 448  # AnomalyDINO: shorter side; a square here
