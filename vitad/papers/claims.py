@@ -12,6 +12,7 @@ from functools import partial
 
 import pandas as pd
 
+from vitad import data
 from vitad.errors import unknown
 from vitad.metrics import METRICS
 from vitad.papers import printed
@@ -19,7 +20,6 @@ from vitad.papers.printed import EPS, IMAGE, METRICS_PRINTED, PIXEL, PRO, SIZES,
 
 T3, T4, T5, T6 = "yang2024-3", "yang2024-4", "yang2024-5", "yang2024-6"
 M1, M3 = "mala2023-1", "mala2023-3"
-DATA = {"mvtec": "MVTec AD", "btad": "BTAD", "visa": "VisA"}
 CONVOLUTIONAL = ["AE_SSIM", "L2-CAE", "VAE"]  # Yang & Guo, sec. 4.4.1
 
 
@@ -83,7 +83,7 @@ def _levels(paper: str) -> Iterator[Claim]:
         whole = s.category == "average" and len(found) > 1  # the ablation has no rows to average
         found = found.drop("average") if whole else found[found.index == s.category]
         if len(found):
-            what = f"{DATA[s.dataset]}: {METRICS[s.metric]}, {s.category}"
+            what = f"{data.get(s.dataset).title}: {METRICS[s.metric]}, {s.category}"
             what += "" if s.method == "Ours" else f" of {s.method}"
             yield Claim(s.section, what, s.value_percent, found.mean)
 

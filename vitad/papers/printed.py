@@ -35,7 +35,8 @@ def table(name: str) -> pd.DataFrame:
 def results() -> list[str]:
     """Names of the printed tables that have a number for each category, method and metric."""
     named = [name for name in _names() if re.fullmatch(r"\w+\d{4}-\w+", name) and name != SIZES]
-    return sorted(named, key=lambda name: PAPERS.index(name.split("-")[0]))
+    order = {paper: i for i, paper in enumerate(PAPERS)}
+    return sorted(named, key=lambda name: order.get(name.split("-")[0], len(order)))
 
 
 def means(paper: str | None = None, band: bool = False) -> pd.DataFrame:
