@@ -135,6 +135,25 @@ def _table(args: argparse.Namespace) -> int:
     return int(bool(failed))
 
 
+def _claims(args: argparse.Namespace) -> int:
+    from vitad.claims import of_the_book
+
+    found = of_the_book()
+    for c in found:
+        print(f"{'holds' if c.evidence.holds else 'FALLS'}  {c.chapter}: {c.sentence}\n       {c.evidence.numbers}")
+    fallen = [c for c in found if not c.evidence.holds]
+    print(f"{len(found) - len(fallen)} of {len(found)} claims hold")
+    return int(bool(fallen))
+
+
+def _review(args: argparse.Namespace) -> int:
+    from vitad.metrics import METRICS
+    from vitad.review import review
+
+    found = review(args.minutes, args.out, args.draw)
+    return int(any(repeated.inside(metric) is False for repeated in found for metric in METRICS))
+
+
 def _data_show(args: argparse.Namespace) -> None:
     from vitad import data
     from vitad.show import plots
@@ -188,6 +207,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_runs(commands)
     _add_table(commands)
+    _add_review(commands)
     _add_data(commands.add_parser("data", help="look at data sets, fetch and check published ones"))
     return parser
 
@@ -238,6 +258,20 @@ def _add_table(commands: Any) -> None:
     table.add_argument("--run", action="store_true", help="run what is missing; the same call again goes on")
     table.add_argument("--out", metavar="DIR", help="where the table goes as CSV and Markdown (default RUNS/tables)")
     table.set_defaults(action=_table)
+
+
+def _add_review(commands: Any) -> None:
+    """`claims` and `review`."""
+    listed = commands.add_parser(
+        "claims", help="check every claim of the book against the records; status 1 if one falls"
+    )
+    listed.set_defaults(action=_claims)
+
+    again = commands.add_parser("review", help="run committed records again, drawn at random, and compare")
+    again.add_argument("--minutes", type=float, default=20, help="time for the runs (default 20)")
+    again.add_argument("--draw", type=int, metavar="N", help="repeat the draw of an earlier review")
+    again.add_argument("--out", default="runs/review", metavar="DIR", help="folder of the runs and of review.html")
+    again.set_defaults(action=_review)
 
 
 def _add_data(parser: argparse.ArgumentParser) -> None:

@@ -4,12 +4,15 @@ A comment in a page under book/ is replaced while the book is built. Its `key=va
 
     <!-- results dataset=mt -->                                    a table with a row for each setting: means over seeds
     <!-- splits dataset=mt honest=grouped other=differnet -->      what another split changes for each method
+    <!-- claims -->                                                all claims of the chapters; one that falls is an error
 """
 
 import re
 from pathlib import Path
 
-from vitad import runs
+from sphinx.errors import SphinxError
+
+from vitad import claims, runs
 from vitad.show import tables
 
 MARKER = re.compile(r"<!-- (results|splits)((?: \w+=[\w.-]+)*) -->")
@@ -29,6 +32,24 @@ def expand(app, docname, source):
 
     if docname.startswith("book/"):
         source[0] = MARKER.sub(table, source[0])
+    if "<!-- claims -->" in source[0]:
+        source[0] = source[0].replace("<!-- claims -->", list_of_claims(root / "notebooks"))
+
+
+def list_of_claims(folder):
+    """All claims by chapter, as Markdown."""
+    found = claims.of_the_book(folder)
+    if fallen := [c for c in found if not c.evidence.holds]:
+        lines = [f"{c.chapter}: {c.sentence} ({c.evidence.numbers})" for c in fallen]
+        raise SphinxError("\n".join(["the records do not support:", *lines]))
+    lines = []
+    for chapter in dict.fromkeys(c.chapter for c in found):
+        lines.append(f"\n## [{chapter}](../notebooks/{chapter}.ipynb)\n")
+        for c in found:
+            if c.chapter == chapter:
+                before = f" *Before:* {c.before}" if c.before else ""
+                lines.append(f"* {c.sentence} ({c.evidence.numbers}).{before}")
+    return "\n".join(lines)
 
 
 def without_thebe(app, pagename, templatename, context, doctree):

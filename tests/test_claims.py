@@ -1,0 +1,103 @@
+"""Claims are checked against the committed records, and fall with them."""
+
+import json
+import shutil
+from pathlib import Path
+
+import nbformat
+import pytest
+
+import vitad
+from vitad import claims, runs
+from vitad.claims import above, all_of, at_least, at_most, claim, near_chance, runs_of, undecided
+from vitad.cli import main
+from vitad.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_every_claim_of_the_book_holds():
+    fallen = [(c.chapter, c.sentence, c.evidence.numbers) for c in claims.of_the_book() if not c.evidence.holds]
+    assert not fallen
+
+
+def test_a_claim_shows_its_sentence_with_numbers():
+    shown = claim("Frozen features beat the convolutional autoencoder on gears.", TOKENS_WIN)
+    assert "Frozen features beat" in shown.data and "image AUROC patchknn 0.9" in shown.data
+    assert "difference +0.3" in shown.data and "3 seeds" in shown.data
+
+
+def test_a_claim_that_the_records_do_not_support_is_an_error():
+    with pytest.raises(claims.ClaimError, match=r"do not support this: The autoencoder wins. \(image AUROC l2cae"):
+        claim("The autoencoder wins.", above(runs_of("l2cae"), runs_of("patchknn"), "image_auroc"))
+
+
+def test_each_kind_of_evidence():
+    knn, cae = runs_of("patchknn"), runs_of("l2cae", name="autoencoder")
+    assert not undecided(knn, cae, "image_auroc").holds
+    assert at_least(knn, "image_auroc", 0.8).holds and not at_least(knn, "image_auroc", 0.99).holds
+    assert at_most(cae, "image_auroc", 0.8).holds and not at_most(cae, "image_auroc", 0.3).holds
+    assert near_chance(cae).holds and not near_chance(knn).holds
+    both = all_of(at_least(knn, "image_auroc", 0.8), at_most(cae, "image_auroc", 0.8))
+    assert both.holds and "autoencoder" in both.numbers and len(both.rests_on) == 6
+    assert not all_of(both, at_least(knn, "image_auroc", 0.99)).holds
+    with pytest.raises(UserError, match="no committed record of patchknn-toy-weave"):
+        runs_of("patchknn", category="weave")
+
+
+CELL = """
+from vitad.claims import above, claim, runs_of
+
+x = 3
+claim(
+    "Frozen features beat the convolutional autoencoder on gears.",
+    above(runs_of("patchknn"), runs_of("l2cae"), "image_auroc"),
+    before="The autoencoder won.",
+)
+claim("The autoencoder is below 0.8.", at_most(runs_of("l2cae"), "image_auroc", 0.8))
+"""
+TOKENS_WIN = above(runs_of("patchknn"), runs_of("l2cae"), "image_auroc")
+
+
+def test_claims_are_found_in_the_code_of_a_cell():
+    first, second = claims.in_code(CELL)
+    assert first.sentence.startswith("Frozen") and first.evidence == TOKENS_WIN and first.before
+    assert second.evidence.holds and not second.before
+    assert list(claims.in_code("%matplotlib inline\n!ls\nprint('claim')")) == []
+
+
+def test_a_claim_made_of_anything_else_is_refused():
+    with pytest.raises(
+        UserError, match="name 'records' is not defined. Use literals and the functions of vitad.claims"
+    ):
+        list(claims.in_code('claim("x", above(records["a"], records["b"], "pro"))'))
+
+
+@pytest.fixture
+def book(tmp_path, monkeypatch):
+    """A source tree with one chapter and the toy records of two methods."""
+    for method in ("patchknn", "l2cae"):
+        for seed in range(3):
+            name = f"{method}-demo-s{seed}"
+            shutil.copytree(ROOT / "results" / "toy" / name, tmp_path / "results" / "toy" / name)
+    (tmp_path / "notebooks").mkdir()
+    cells = [nbformat.v4.new_code_cell(CELL)]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "notebooks" / "gears.ipynb")
+    monkeypatch.setattr(vitad, "__file__", str(tmp_path / "vitad" / "__init__.py"))
+    return tmp_path
+
+
+def test_exactly_the_claims_fall_whose_records_change(book, capsys):
+    assert main(["claims"]) == 0
+    assert "2 of 2 claims hold" in capsys.readouterr().out
+    for record in runs.read_records(book / "results"):
+        if record["method"] == "l2cae":
+            folder = record.pop("folder")
+            record["metrics"]["image_auroc"] = 0.85 + 0.001 * record["seed"]
+            (folder / "record.json").write_text(json.dumps(record))
+            for more in ("scores.csv", "resamples.npz"):
+                (folder / more).unlink(missing_ok=True)
+    assert main(["claims"]) == 1
+    out = capsys.readouterr().out
+    assert "FALLS  gears: The autoencoder is below 0.8." in out and "1 of 2 claims hold" in out
+    assert "holds  gears: Frozen features beat" in out
