@@ -4,7 +4,7 @@ A comment in a page under book/ is replaced while the book is built. Its `key=va
 
     <!-- results dataset=mt -->                                    a table with a row for each setting: means over seeds
     <!-- splits dataset=mt honest=grouped other=differnet -->      what another split changes for each method
-    <!-- claims -->                                                all claims of the chapters; one that falls is an error
+    <!-- claims -->                                                all claims of the chapters; a fallen one is an error
 """
 
 import re
