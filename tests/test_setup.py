@@ -107,7 +107,7 @@ def test_version_is_the_same_everywhere():
 
 def test_make_hands_on_what_was_set_on_the_command_line_in_one_piece():
     given = ["SEED=3", "OVERRIDES=lr=1e-4 text='a b'", "DATA_ROOT=/a b", "PYTHON=python3"]
-    command = ["make", "--dry-run", "--assume-old=.venv/.ready", "book", *given]
+    command = ["make", "--no-print-directory", "--dry-run", "--assume-old=.venv/.ready", "book", *given]
     lines = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
     assert sorted(shlex.split(lines[-1])[2:]) == sorted(given[:-1])
 
