@@ -30,9 +30,9 @@ from vitad.show.compare import compare
 
 KEYS = [
     *("method", "paper", "dataset", "category", "split", "preset", "seed", "settings", "overrides"),
-    *("protocol", "weights", "metrics", "counts", "timings", "environment", "git", "finished"),
+    *("protocol", "weights", "metrics", "intervals", "counts", "timings", "environment", "git", "finished"),
 ]
-FILES = {"record.json", "maps.npz", "scores.csv", "checkpoint.safetensors", "heatmaps.png"}
+FILES = {"record.json", "maps.npz", "scores.csv", "resamples.npz", "checkpoint.safetensors", "heatmaps.png"}
 
 
 @pytest.fixture(scope="module", params=methods.METHODS)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -90,6 +90,10 @@ class Dataset:
     def categories(self, root: Path | None = None) -> list[str | None]:
         """All categories, [None] where there are none. Those of a user's images are looked up in `root`."""
         return list(self.published) or [None]
+
+    def groups(self, paths: Sequence[str]) -> list[str]:
+        """The item that each image shows, by their paths below the folder; here each image shows another one."""
+        return list(paths)
 
     def resolve(self, category: str | None = None, split: str | None = None) -> tuple[str | None, str | None]:
         """Category and split with the defaults filled in; looks at no file.

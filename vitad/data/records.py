@@ -26,6 +26,7 @@ class Record:
     defect: str  # "good" or the kind of defect
     mask: Path | None = None  # None: no anomalous pixel (normal images), or no mask known
     category: str = ""  # dataset/category, from `vitad.data.find`
+    group: str = ""  # the item that was photographed; "": the image is the only one of its item
 
 
 @dataclass(frozen=True)

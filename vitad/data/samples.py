@@ -59,8 +59,9 @@ class ImageSet(torch.utils.data.Dataset):
 
     Attributes
     ----------
-    labels, defects, paths, categories : ndarray (N,)
-        Of each image; a category is written dataset/category.
+    labels, defects, paths, categories, groups : ndarray (N,)
+        Of each image. A category is written dataset/category. Images of one item are of one group; the group is the
+        path where an image is the only one of its item.
     has_masks : bool
         False where no anomalous image has a mask file.
     skipped : list of str
@@ -85,6 +86,7 @@ class ImageSet(torch.utils.data.Dataset):
         self.defects = np.array([r.defect for r in self.records], dtype=str)
         self.categories = np.array([r.category for r in self.records], dtype=str)
         self.paths = np.array([self._relative(r) for r in self.records], dtype=str)
+        self.groups = np.array([r.group or self._relative(r) for r in self.records], dtype=str)
         self.has_masks = any(r.mask for r in self.records)
 
     def __len__(self) -> int:

@@ -7,23 +7,23 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy.special import stdtrit
 
 from vitad import data
+from vitad.evidence import NOT_COMPARABLE, against_printed
 from vitad.papers import printed
 from vitad.papers.estimates import n_images
-from vitad.papers.tables import Reproduction, Table
+from vitad.papers.tables import FAITHFUL, IN_THE_MANNER_OF, Reproduction, Table
 from vitad.runs import Request
 from vitad.runs.record import Record
 
-FAITHFUL = ("paper", "legacy")  # presets whose metrics can be held against a paper's,
-PATHS = {"textures"}  # also with these settings, which say where something lies
+PATHS = {"textures"}  # settings that say where something lies
 AVERAGE = "average"
+OTHER_DATA = "other data"
 COLUMNS = (
     *("category", "column", "metric", "method", "reported", "step", "recomputed", "reproduced", "spread", "seeds"),
-    *("difference", "tolerance", "verdict", "tier", "fill"),
+    *("difference", "low", "high", "verdict", "reason", "tier", "fill"),
 )
-NUMBERS = ("reported", "step", "recomputed", "reproduced", "spread", "difference", "tolerance")
+NUMBERS = ("reported", "step", "recomputed", "reproduced", "spread", "difference", "low", "high")
 
 
 def cells(table: Reproduction, records: Mapping[str, Record]) -> pd.DataFrame:
@@ -44,13 +44,14 @@ def cells(table: Reproduction, records: Mapping[str, Record]) -> pd.DataFrame:
       average, the mean of the printed rows, where there are rows.
     * `reproduced`, `spread`, `seeds`: mean, standard deviation and number of the seeds. An average is taken seed
       by seed, and only of seeds for which all categories are there.
-    * `difference`: reproduced minus recomputed, or minus reported where nothing is recomputed.
-    * `tolerance`: how far from the mean of n seeds one more run may lie (95 %, Student's t), which is
-      t(0.975, n-1) * spread * sqrt(1 + 1/n), and half a `step`. None for one seed.
-    * `verdict`: `agrees` within the tolerance, else `above` or `below`. `one seed` has no spread to judge by.
-      `other data` is not the paper's data set, or not all of its images, and has neither difference nor tolerance.
-      `other settings` are not those of `paper`. `other weights` start at random what the method's settings have
-      pretrained, such as MALA's decoder without MAE's file. With `nothing printed` there is nothing to judge.
+    * `difference`: reproduced minus recomputed, or minus reported where nothing is recomputed. `low`, `high`: its
+      interval, see `vitad.evidence.against_printed`; none for one seed.
+    * `verdict`: `reproduced`, `differs` or `undecided` by the margins of `vitad.evidence.MARGINS`, else
+      `not comparable`.
+    * `reason`, for want of a verdict. `other data` is not the paper's data set, or not all of its images, and has no
+      difference. `in the manner of` is no reproduction of the paper's method. `other settings` are not the source's.
+      `other weights` start at random what the method's settings have pretrained, such as MALA's decoder without MAE's
+      file. `nothing printed` leaves nothing to judge. `one seed` has no spread to judge by and is `undecided`.
     * `tier`: preset and hardware. `fill`: what would fill a cell that is empty.
     """
     numbers = printed_numbers(table)
@@ -151,30 +152,27 @@ def _reproduced(
     cell |= {"reproduced": means.mean(), "tier": " + ".join(sorted({_tier(r) for r in made}))}
     if len(means) > 1:
         cell["spread"] = means.std(ddof=1)
+    reason = _not_comparable(table, pairs)
+    if reason == OTHER_DATA or target is None:
+        return cell | {"verdict": NOT_COMPARABLE, "reason": reason or "nothing printed"}
+    verdict, low, high = against_printed(means / 100, target / 100, len(categories), metric, comparable=not reason)
+    cell |= {"difference": means.mean() - target, "verdict": verdict, "reason": reason}
+    if len(means) == 1:
+        return cell | {"reason": reason or "one seed"}
+    return cell | {"low": 100 * low, "high": 100 * high}
+
+
+def _not_comparable(table: Reproduction, pairs: list[tuple[Request, Record]]) -> str | None:
+    """Why runs cannot be held against what is printed; None if they can."""
+    method, overrides = pairs[0][0].method, table.overrides.keys()
     if not table.on_the_papers_data or not all(_has_all_images(*pair) for pair in pairs):
-        return cell | {"verdict": "other data"}
-    if target is not None:
-        cell["difference"] = means.mean() - target
-        if len(means) > 1:
-            t = stdtrit(len(means) - 1, 0.975)
-            cell["tolerance"] = t * cell["spread"] * (1 + 1 / len(means)) ** 0.5 + line["step"] / 2
-    return cell | {"verdict": _verdict(cell, table, requests, made, target)}
-
-
-def _verdict(
-    cell: Mapping[str, Any], table: Reproduction, requests: list[Request], made: list[Record], target: float | None
-) -> str:
-    if table.overrides.keys() - PATHS or any(r.preset not in FAITHFUL for r in requests):
+        return OTHER_DATA
+    if method in IN_THE_MANNER_OF:
+        return "in the manner of"
+    faithful = all(request.preset in FAITHFUL.get(method, ()) for request, _ in pairs)
+    if not faithful or overrides - PATHS or set(table.table.needs) - overrides:
         return "other settings"
-    if not all(_as_pretrained(r) for r in made):
-        return "other weights"
-    if target is None:
-        return "nothing printed"
-    if cell["seeds"] == 1:
-        return "one seed"
-    if abs(cell["difference"]) <= cell["tolerance"]:
-        return "agrees"
-    return "above" if cell["difference"] > 0 else "below"
+    return None if all(_as_pretrained(record) for _, record in pairs) else "other weights"
 
 
 def _step(values: pd.Series) -> float | None:

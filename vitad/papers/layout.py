@@ -36,8 +36,14 @@ def as_text(frame: pd.DataFrame) -> pd.DataFrame:
             ],
             "seeds": [f"{n}" if n else "" for n in frame["seeds"].fillna(0)],
             "difference": words("difference", "+.1f"),
-            "tolerance": words("tolerance", ".1f"),
-            "verdict": frame["verdict"].fillna(""),
+            "interval": [
+                f"{low} to {high}" if low else ""
+                for low, high in zip(words("low", "+.1f"), words("high", "+.1f"), strict=True)
+            ],
+            "verdict": [
+                f"{verdict}: {reason}" if reason else verdict
+                for verdict, reason in zip(frame["verdict"].fillna(""), frame["reason"].fillna(""), strict=True)
+            ],
             "tier": frame["tier"].fillna(""),
             "what would fill it": frame["fill"].fillna(""),
         }
@@ -54,7 +60,7 @@ def for_terminal(frame: pd.DataFrame, width: int = 120) -> str:
     for metric, part in words.groupby("metric", sort=False):
         ours, others = part[part["ran"]], part[~part["ran"]]
         if ours["category"].nunique() == 1:
-            all_of_it = ["reported", "recomputed mean", "reproduced", "seeds", "difference", "tolerance", "verdict"]
+            all_of_it = ["reported", "recomputed mean", "reproduced", "seeds", "difference", "interval", "verdict"]
             wide = ours.set_index("column")[all_of_it].rename_axis(None)
             wide = wide.loc[:, [c in ("reported", "reproduced") or any(wide[c] != "") for c in wide]]
         else:

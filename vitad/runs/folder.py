@@ -5,25 +5,30 @@ from __future__ import annotations
 import csv
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from vitad import data as data_sets
 from vitad import methods
 from vitad.data import Found, ImageSet
 from vitad.errors import UserError
 from vitad.files import atomic_write, read_safetensors
 from vitad.methods.base import Method
+from vitad.resampling import Resamples, draw, fingerprint, image_auroc
 from vitad.runs.machine import find_device
 from vitad.runs.record import Record, read_record
 from vitad.runs.request import Request, hash_of, settings_of
 from vitad.settings import resolve
 
 UNFINISHED = ".run"  # folder within: the request and the training state of a run that is not finished
-BEFORE_THE_RECORD = ("checkpoint.safetensors", "maps.npz", "scores.csv", "history.csv", "heatmaps.png")
+BEFORE_THE_RECORD = (
+    *("checkpoint.safetensors", "maps.npz", "scores.csv", "resamples.npz", "history.csv", "heatmaps.png"),
+)
 
 
 def claim(folder: Path, request: Request, data: Found) -> Record | None:
@@ -147,6 +152,14 @@ def write_scores(folder: Path, test: ImageSet, scores: np.ndarray) -> None:
     _write_rows(folder / "scores.csv", rows)
 
 
+def write_resamples(folder: Path, test: ImageSet, resamples: Resamples) -> None:
+    """`resamples.npz`: each metric on the resamples of the test set, and `test_set`, which says what set that is."""
+    arrays = {name: values for name, values in resamples.items() if values is not None}
+    arrays["test_set"] = np.array(fingerprint(test.paths, test.groups, test.labels))
+    with atomic_write(folder / "resamples.npz") as temporary, open(temporary, "wb") as file:
+        np.savez(file, **arrays)  # type: ignore[arg-type]
+
+
 def write_history(folder: Path, history: list[dict[str, Any]]) -> None:
     """`history.csv`: a row an epoch; no file where nothing was trained."""
     _write_rows(folder / "history.csv", history)
@@ -208,6 +221,48 @@ def read_maps(folder: str | Path) -> dict[str, np.ndarray]:
         raise UserError(
             f"{folder} holds no maps.npz. Run it again: records that come with the book have none."
         ) from None
+
+
+def read_resamples(folder: str | Path) -> dict[str, np.ndarray]:
+    """`resamples.npz` of a run: arrays by metric, and the string `test_set`.
+
+    A run before there was such a file has those of image AUROC if it kept its scores, else {}.
+    """
+    for name, read in {"resamples.npz": _read_arrays, "scores.csv": image_resamples_from_scores}.items():
+        if (path := Path(folder) / name).exists():
+            return _cached(read, path.parent, path.stat().st_mtime_ns)
+    return {}
+
+
+@lru_cache(1024)  # a table asks for those of the same runs again and again
+def _cached(read: Callable[[Path], dict[str, np.ndarray]], folder: Path, changed: int) -> dict[str, np.ndarray]:
+    return read(folder)
+
+
+def _read_arrays(folder: Path) -> dict[str, np.ndarray]:
+    with np.load(folder / "resamples.npz") as file:
+        return dict(file)
+
+
+def image_resamples_from_scores(folder: str | Path) -> dict[str, np.ndarray]:
+    """What `read_resamples` gives, for image AUROC alone, from `scores.csv`.
+
+    Groups come from the paths, as the data set says. For several categories it is their mean, as in the record.
+    """
+    record = read_record(folder)
+    with open(Path(folder) / "scores.csv", newline="") as file:
+        rows = [(row["image"], int(row["label"]), float(row["score"])) for row in csv.DictReader(file)]
+    paths, labels, scores = map(np.array, zip(*rows, strict=True))
+    groups = np.array(data_sets.get(record["dataset"]).groups(paths.tolist()))
+    several = []
+    for category in record.get("metrics_by_category", [""]):
+        # Paths begin with the category, and in joined data sets with the data set, as the name of the category does.
+        places = [f"{category}/", f"{category.partition('/')[2]}/"] if category else [""]
+        chosen = next(c for place in places if (c := np.char.startswith(paths, place)).any())
+        weights = draw(paths[chosen], groups[chosen], labels[chosen])
+        several.append(image_auroc(scores[chosen], labels[chosen], weights))
+    test_set = np.array(fingerprint(paths, groups, labels))
+    return {"image_auroc": np.mean(several, 0).astype(np.float32), "test_set": test_set}
 
 
 def read_history(folder: str | Path) -> list[dict[str, Any]]:

@@ -23,6 +23,7 @@ from vitad.errors import UserError
 from vitad.files import write_safetensors
 from vitad.methods.base import Method
 from vitad.metrics import evaluate
+from vitad.resampling import Resamples, draw, intervals, mean_of, resample
 from vitad.runs import folder as run_folder
 from vitad.runs.machine import environment, find_device, git_state
 from vitad.runs.record import Record, committed_seeds, write_record
@@ -40,9 +41,9 @@ def run(
 ) -> Record:
     """Train and evaluate one method on one data set; returns the record.
 
-    Writes `record.json`, `maps.npz`, `scores.csv`, `checkpoint.safetensors`, `heatmaps.png` and `history.csv` to
-    `out`; where training has several phases, also `checkpoint-<phase>.safetensors` after each but the last. The
-    record comes last, so a folder that has one is finished. The same call again resumes, or returns at once.
+    Writes `record.json`, `maps.npz`, `scores.csv`, `resamples.npz`, `checkpoint.safetensors`, `heatmaps.png` and
+    `history.csv` to `out`; where training has several phases, also `checkpoint-<phase>.safetensors` after each but the
+    last. The record comes last, so a folder that has one is finished. The same call again resumes, or returns at once.
 
     Parameters
     ----------
@@ -95,13 +96,14 @@ def run(
         clock.note("train")
         maps, scores = score(model, images.test, device, model.settings.batch_size, model.settings.amp)
         clock.note("score")
-        metrics = _evaluate(images.test, maps, scores)
+        metrics, resamples = _evaluate(images.test, maps, scores)
         clock.note("evaluate")
         counts = _counts(model, images, history) | model.observe(images.train, device)
 
         write_safetensors(model.state_dict(), out / "checkpoint.safetensors", _checkpoint_metadata(request))
         run_folder.write_maps(out, images.test, maps, scores)
         run_folder.write_scores(out, images.test, scores)
+        run_folder.write_resamples(out, images.test, resamples)
         run_folder.write_history(out, history)
         _draw_heatmaps(out / "heatmaps.png", images.test, maps, scores)
         record = _describe(request, found, model, images) | {
@@ -207,17 +209,22 @@ def _checkpoint_metadata(request: Request) -> dict[str, str]:
     return {"vitad_method": request.method, "settings": json.dumps(request.settings)}
 
 
-def _evaluate(test: ImageSet, maps: np.ndarray, scores: np.ndarray) -> dict[str, dict]:
-    """`metrics` of the record, and `metrics_by_category` where there are several."""
-    by_category = {}
+def _evaluate(test: ImageSet, maps: np.ndarray, scores: np.ndarray) -> tuple[dict[str, dict], Resamples]:
+    """`metrics` and `intervals` of the record, `metrics_by_category` where there are several; and the resamples."""
+    by_category, resamples = {}, []
     for category in dict.fromkeys(test.categories.tolist()):
         chosen = test.categories == category
         pixels = chosen & _located(test)
         has_masks = any(r.mask for r, is_chosen in zip(test.records, chosen, strict=True) if is_chosen)
         masks = test.masks[pixels] if has_masks else None
         by_category[category] = evaluate(maps[pixels], masks, scores[chosen], test.labels[chosen], PRO_LIMIT)
-    found = {"metrics": _means(list(by_category.values()))}
-    return found if len(by_category) == 1 else found | {"metrics_by_category": by_category}
+        weights = draw(test.paths[chosen], test.groups[chosen], test.labels[chosen])
+        masks = test.masks[chosen] if has_masks else None
+        resamples.append(resample(maps[chosen], masks, scores[chosen], test.labels[chosen], weights, PRO_LIMIT))
+    means = _means(list(by_category.values()))
+    resampled = mean_of(resamples)
+    found: dict[str, dict] = {"metrics": means, "intervals": intervals(means, resampled)}
+    return found if len(by_category) == 1 else found | {"metrics_by_category": by_category}, resampled
 
 
 def _located(test: ImageSet) -> np.ndarray:
