@@ -16,10 +16,11 @@ from typing import Any
 
 import vitad
 from vitad.errors import UserError
-from vitad.evidence import difference, estimate
+from vitad.evidence import Difference, Estimate, difference, estimate
 from vitad.metrics import METRICS
 from vitad.runs.record import Record, committed_seeds
 from vitad.runs.request import Request, hash_of
+from vitad.show.tables import by_kind
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,15 @@ def runs_of(method: str, dataset: str = "toy", name: str = "", seeds: int | None
     return Runs(name or method, tuple(records))
 
 
+def of_kind(runs: Runs, kind: str) -> Runs:
+    """The same runs, tested on one kind of defect and all good images; only image AUROC is known, from `scores.csv`."""
+    found = []
+    for r in runs.records:
+        without_resamples = {k: v for k, v in r.items() if k != "folder"}
+        found.append(without_resamples | {"metrics": {"image_auroc": by_kind(r).get(kind)}})
+    return Runs(f"{runs.name} ({kind})", tuple(found))
+
+
 def above(first: Runs, second: Runs, metric: str) -> Evidence:
     """The first is above the second: the 95 % interval of the paired difference lies above 0."""
     return _compared(first, second, metric, "above")
@@ -144,13 +154,13 @@ def all_of(*evidence: Evidence) -> Evidence:
 def _compared(first: Runs, second: Runs, metric: str, verdict: str) -> Evidence:
     d = difference(first.records, second.records, metric)
     numbers = f"{_shown(first, metric)}, {_shown(second, metric, title=False)}, "
-    numbers += f"difference {d.value:+.3f} [{d.low:+.3f}, {d.high:+.3f}], {d.n_seeds} seeds"
+    numbers += f"difference {d.value:+.3f} [{d.low:+.3f}, {d.high:+.3f}], {_sources(d)}"
     return _evidence(d.verdict == verdict, numbers, first, second)
 
 
 def _bounded(runs: Runs, metric: str, inside: Callable[[float, float], bool]) -> Evidence:
     found = estimate(runs.records, metric)
-    numbers = f"{_shown(runs, metric)} [{found.low:.3f}, {found.high:.3f}], {found.n_seeds} seeds"
+    numbers = f"{_shown(runs, metric)} [{found.low:.3f}, {found.high:.3f}], {_sources(found)}"
     return _evidence(inside(found.low, found.high), numbers, runs)
 
 
@@ -158,11 +168,16 @@ def _shown(runs: Runs, metric: str, title: bool = True) -> str:
     return f"{METRICS[metric] + ' ' if title else ''}{runs.name} {estimate(runs.records, metric).value:.3f}"
 
 
+def _sources(found: Estimate | Difference) -> str:
+    """How many seeds an interval rests on, and whether the doubt of the test images is in it."""
+    return f"{found.n_seeds} seeds" + ("" if found.complete else ", without the doubt of the test images")
+
+
 def _evidence(holds: bool, numbers: str, *runs: Runs) -> Evidence:
     return Evidence(bool(holds), numbers, frozenset(hash_of(r) for one in runs for r in one.records))
 
 
-VOCABULARY = {f.__name__: f for f in (runs_of, above, undecided, at_least, at_most, near_chance, all_of)}
+VOCABULARY = {f.__name__: f for f in (runs_of, of_kind, above, undecided, at_least, at_most, near_chance, all_of)}
 
 
 # --- all claims of the book -----------------------------------------------------------------------------------------

@@ -55,7 +55,9 @@ class Table:
     tested: str | None = None
     split: str | None = None
     others: bool = True  # False: of the printed columns, only those that are run
-    needs: tuple[str, ...] = ()  # settings without which the runs are not the paper's: files that do not come with vitad
+    needs: tuple[
+        str, ...
+    ] = ()  # settings without which the runs are not the paper's: files that do not come with vitad
     ahead: tuple[str, ...] = ()  # two columns: in how many categories the first is above the second
     note: str = ""
 

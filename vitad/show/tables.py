@@ -76,18 +76,24 @@ def by_defect(records: Iterable[Record], category: str | None = None) -> pd.Data
     """
     rows = []
     for r in records:
-        if not (path := r["folder"] / "scores.csv").exists():
-            continue
-        scores = pd.read_csv(path)
-        if category and "metrics_by_category" in r:
-            scores = scores[scores["image"].str.startswith(f"{category}/")]
-        for kind in sorted(set(scores["defect"][scores["label"] == 1])):
-            part = scores[(scores["label"] == 0) | (scores["defect"] == kind)]
-            value = auroc(part["score"].to_numpy(), part["label"].to_numpy(bool))
-            rows.append({"method": r["method"], "px": r["protocol"]["image_size"][0], "defect": kind, "value": value})
+        if (r["folder"] / "scores.csv").exists():
+            of_run = {"method": r["method"], "px": r["protocol"]["image_size"][0]}
+            rows += [of_run | {"defect": kind, "value": value} for kind, value in by_kind(r, category).items()]
     columns = ["method", "px", "defect", "value"]
     groups = pd.DataFrame(rows, columns=columns).groupby(columns[:3])["value"]
     return groups.agg(_mean_and_spread).unstack("defect")
+
+
+def by_kind(record: Record, category: str | None = None) -> dict[str, float | None]:
+    """{kind of defect: image AUROC against all good images} of one run, from its `scores.csv`; see `by_defect`."""
+    scores = pd.read_csv(record["folder"] / "scores.csv")
+    if category and "metrics_by_category" in record:
+        scores = scores[scores["image"].str.startswith(f"{category}/")]
+    found = {}
+    for kind in sorted(set(scores["defect"][scores["label"] == 1])):
+        part = scores[(scores["label"] == 0) | (scores["defect"] == kind)]
+        found[kind] = auroc(part["score"].to_numpy(), part["label"].to_numpy(bool))
+    return found
 
 
 def across_splits(records: Sequence[Record], honest: str, other: str) -> pd.DataFrame:
