@@ -170,7 +170,8 @@ def _shown(runs: Runs, metric: str, title: bool = True) -> str:
 
 def _sources(found: Estimate | Difference) -> str:
     """How many seeds an interval rests on, and whether the doubt of the test images is in it."""
-    return f"{found.n_seeds} seeds" + ("" if found.complete else ", without the doubt of the test images")
+    seeds = f"{found.n_seeds} seed{'s' * (found.n_seeds != 1)}"
+    return seeds + ("" if found.complete else ", without the doubt of the test images")
 
 
 def _evidence(holds: bool, numbers: str, *runs: Runs) -> Evidence:
