@@ -12,6 +12,7 @@ from PIL import Image
 from sklearn.metrics import confusion_matrix
 
 from vitad.errors import UserError
+from vitad.metrics import METRICS
 from vitad.show import plots
 from vitad.show.widgets import bars, slider_over, threshold_explorer
 
@@ -250,3 +251,12 @@ def test_dots_show_every_run_and_the_mean_of_each_row():
     ]
     assert [list(line.get_xdata()) for line in right.lines] == [[0.25], [0.25]]
     assert left.get_xlim() == right.get_xlim()
+
+
+def test_dots_of_all_metrics_stand_in_pairs_with_their_intervals():
+    values = {name: {"one": [0.5, 0.6], "two": [0.7]} for name in METRICS.values()}
+    fig = plots.dots(values, {name: {"one": (0.4, 0.7)} for name in METRICS.values()})
+    assert [axis.get_title() for axis in fig.axes] == list(METRICS.values())
+    assert len({axis.get_position().y0 for axis in fig.axes}) == 2
+    (line,) = fig.axes[3].collections
+    assert line.get_segments()[0].tolist() == [[0.4, 0], [0.7, 0]]

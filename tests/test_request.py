@@ -130,6 +130,6 @@ def test_a_metric_that_is_added_later_reads_as_not_measured(monkeypatch):
     assert tables.by_run(toy)["F1"].isna().all()
     assert tables.expectation(Request("vitmem")).loc["F1", ""] == "never run so far"
     assert evidence.expected(toy, "f1_max")[2] == 0
-    assert evidence.contrast(variants, {"full": 1, "base": -1}, "f1_max")["seeds"] == 0
+    assert evidence.contrast(variants, {"full": 1, "base": -1}, "f1_max").n_seeds == 0
     frame = cells(Reproduction("yang2024-6", "toy"), by_hash())
     assert frame["reproduced"].notna().all()

@@ -6,6 +6,7 @@ from sklearn.metrics import roc_auc_score
 
 from vitad import evidence, runs
 from vitad.methods import mala
+from vitad.metrics import METRICS
 from vitad.runs import Request, committed_seeds
 from vitad.settings import resolve
 from vitad.show import cost, tables
@@ -113,8 +114,19 @@ def test_multiply_adds_are_those_of_the_layers():
 
 
 def test_splits_are_compared_where_a_method_ran_on_both():
-    (row,) = tables.across_splits(RECORDS, "grouped", "differnet").to_dict("records")
-    assert (row["method"], row["grouped"], row["differnet"], row["gain"]) == ("a", 0.8, 0.95, 0.15)
+    image, *others = tables.across_splits(RECORDS, "grouped", "differnet").to_dict("records")
+    assert (image["method"], image["grouped"], image["differnet"], image["gain"]) == ("a", 0.8, 0.95, 0.15)
+    assert [image["metric"], *(row["metric"] for row in others)] == list(METRICS.values())
+    assert [row["gain"] for row in others] == [0, 0, 0]
+
+
+def test_panels_hold_all_metrics_and_intervals_where_there_are_some():
+    values, intervals = tables.panels({"a": RECORDS[:3], "b": RECORDS[4:]})
+    assert list(values) == list(intervals) == list(METRICS.values())
+    assert values["image AUROC"] == {"a": [0.7, 0.8, 0.9], "b": [0.6]} and values["PRO"]["b"] == []
+    low, high = intervals["image AUROC"]["a"]
+    assert (low, high) == (pytest.approx(0.8 - 4.3027 * 0.1 / 3**0.5, abs=1e-4), 1.0)
+    assert "b" not in intervals["PRO"]
 
 
 def test_what_is_expected_comes_from_the_seeds():
@@ -153,34 +165,42 @@ def variants(**figures):
     return {name: [record("a", "grouped", s, f) for s, f in enumerate(values)] for name, values in figures.items()}
 
 
+def contrast(found, weights):
+    return evidence.contrast(found, weights, "image_auroc")
+
+
 def test_a_contrast_is_taken_seed_by_seed():
     """Equal gains at very different levels: certain in pairs, lost in the spread otherwise. Against scipy."""
     from scipy.stats import ttest_rel
 
     base, full = [0.5, 0.7, 0.9], [0.53, 0.72, 0.925]
-    found = evidence.contrast(variants(base=base, full=full), {"full": 1, "base": -1})
-    interval = ttest_rel(full, base).confidence_interval(0.95)
-    assert found["difference"] == pytest.approx(0.025) and found["verdict"] == "above 0" and found["seeds"] == 3
-    assert found["plus_minus"] == pytest.approx((interval.high - interval.low) / 2, abs=1e-4)
-    assert evidence.contrast(variants(base=full, full=base), {"full": 1, "base": -1})["verdict"] == "below 0"
-    shuffled = evidence.contrast(variants(base=base, full=full[::-1]), {"full": 1, "base": -1})
-    assert shuffled["verdict"] == "undecided"
+    found = contrast(variants(base=base, full=full), {"full": 1, "base": -1})
+    test = ttest_rel(full, base)
+    interval = test.confidence_interval(0.95)
+    assert found.value == pytest.approx(0.025) and found.verdict == "above" and found.n_seeds == 3
+    assert (found.low, found.high) == pytest.approx((interval.low, interval.high))
+    assert found.p == pytest.approx(test.pvalue) and not found.complete
+    assert contrast(variants(base=full, full=base), {"full": 1, "base": -1}).verdict == "below"
+    shuffled = contrast(variants(base=base, full=full[::-1]), {"full": 1, "base": -1})
+    assert shuffled.verdict == "undecided"
 
 
 def test_a_contrast_of_more_than_two_variants_and_of_few_seeds():
     four = variants(base=[0.5, 0.5], m=[0.6, 0.61], ca=[0.55, 0.55], full=[0.8, 0.8])
-    found = evidence.contrast(four, {"full": 1, "m": -1, "ca": -1, "base": 1})
-    assert found["difference"] == pytest.approx(0.145) and found["seeds"] == 2
-    one = evidence.contrast(variants(base=[0.5], full=[0.9, 0.9]), {"full": 1, "base": -1})
-    assert (one["seeds"], one["verdict"]) == (1, "undecided")
-    none = evidence.contrast(variants(base=[], full=[0.9]), {"full": 1, "base": -1})
-    assert (none["seeds"], none["verdict"]) == (0, "undecided")
+    found = contrast(four, {"full": 1, "m": -1, "ca": -1, "base": 1})
+    assert found.value == pytest.approx(0.145) and found.n_seeds == 2
+    one = contrast(variants(base=[0.5], full=[0.9, 0.9]), {"full": 1, "base": -1})
+    assert (one.n_seeds, one.verdict) == (1, "undecided")
+    none = contrast(variants(base=[], full=[0.9]), {"full": 1, "base": -1})
+    assert (none.n_seeds, none.verdict) == (0, "undecided")
 
 
 def test_contrasts_stand_beside_the_printed_ones():
     runs_ = variants(base=[0.5, 0.6], full=[0.6, 0.7])
     printed = {"base": {"image_auroc": 82.2, "pro": 79.6}, "full": {"image_auroc": 91.2, "pro": 92.3}}
-    found = evidence.contrasts(runs_, {"full − base": {"full": 1, "base": -1}}, ("image_auroc", "pro"), printed)
+    found = evidence.contrasts(runs_, {"full − base": {"full": 1, "base": -1}}, printed=printed)
+    assert found.index.get_level_values("metric").tolist() == list(METRICS.values())
+    assert np.isnan(found.loc[("full − base", "pixel AP"), "printed"])
     assert found.loc[("full − base", "image AUROC"), ["difference", "printed"]].tolist() == [0.1, 0.09]
     assert found.loc[("full − base", "PRO"), ["difference", "printed"]].tolist() == [0.0, 0.127]
 

@@ -50,16 +50,16 @@ def draw(
         Fixed by the set of (path, group, label): for good and defective images each by the `fingerprint` of their own,
         so that two test sets with the same defective images share these draws.
     """
-    paths, groups, labels = np.asarray(paths), np.asarray(groups), np.asarray(labels) != 0
-    weights = np.empty((n, len(labels)), np.float32)
+    path, item, anomalous = np.asarray(paths), np.asarray(groups), np.asarray(labels) != 0
+    weights = np.empty((n, len(anomalous)), np.float32)
     for label in (False, True):
-        members = np.flatnonzero(labels == label)
-        names, group = np.unique(groups[members], return_inverse=True)  # sorted: the order of the images has no effect
+        members = np.flatnonzero(anomalous == label)
+        names, group = np.unique(item[members], return_inverse=True)  # sorted: the order of the images has no effect
         G = len(names)
         if G < 2:
             weights[:, members] = np.nan
             continue
-        seed = int(fingerprint(paths[members], groups[members], labels[members])[:16], 16)
+        seed = int(fingerprint(path[members], item[members], anomalous[members])[:16], 16)
         random = np.random.Generator(np.random.PCG64(seed)).random  # the same doubles in every version of numpy
         drawn = (random((n, G - 1)) * G).astype(int)
         counts = np.bincount((drawn + G * np.arange(n)[:, None]).ravel(), minlength=n * G).reshape(n, G)
@@ -193,7 +193,7 @@ def _edges(maps: ndarray, masks: ndarray) -> tuple[ndarray, ndarray]:
 
 def _quantiles(values: ndarray) -> ndarray:
     ordered = np.sort(values)
-    return ordered[np.linspace(0, len(ordered) - 1, BINS).astype(int)] if len(ordered) else ordered
+    return ordered[np.linspace(0, len(ordered) - 1, BINS).round().astype(int)] if len(ordered) else ordered
 
 
 def _histogram(values: ndarray, edges: ndarray) -> ndarray:

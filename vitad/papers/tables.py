@@ -28,8 +28,8 @@ USUAL_PRESETS = {  # of the book's own records, by data set, or by method and da
     "mt": "small",
     ("mala", "mt"): "small_dinov2",
 }
-# Presets whose settings are the source's, so that their metrics can be held against printed ones. AnoViT's `paper` mends
-# the range of the published code. Of L2-CAE the layers are unknown, and latent size and schedule are not the source's.
+# Presets whose settings are the source's, so that their metrics can be held against printed ones. AnoViT's `paper` has
+# another output range than the published code. Of L2-CAE the layers are unknown, and much of its schedule is ours.
 FAITHFUL = {"vitmem": ("paper",), "mala": ("paper",), "anovit": ("legacy",), "l2cae": ()}
 IN_THE_MANNER_OF = {"ssltok"}  # too little is public for a reproduction
 EACH = "each"  # as a category: one model for each

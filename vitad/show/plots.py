@@ -133,17 +133,37 @@ def score_histogram(scores: ArrayLike, labels: ArrayLike, width: float = 6.0) ->
     return fig
 
 
-def dots(panels: Mapping[str, Mapping[str, Sequence[float]]], one_scale: bool = False, width: float = 7.0) -> Figure:
-    """Metrics of several runs as dots, their means as bars, one panel a metric: {metric: {row: [values]}}.
+def dots(
+    panels: Mapping[str, Mapping[str, Sequence[float]]],
+    intervals: Mapping[str, Mapping[str, tuple[float, float]]] | None = None,
+    one_scale: bool = False,
+    width: float = 7.0,
+) -> Figure:
+    """Metrics of several runs as dots, their means as bars, one panel a metric.
 
-    The first panel names the rows, from the bottom up. `one_scale`: the panels show the same metric.
+    Parameters
+    ----------
+    panels
+        {metric: {row: values}}; `vitad.show.tables.panels` makes them of records. The first panel of a line names the
+        rows, from the bottom up. Four panels or more stand in pairs.
+    intervals
+        {metric: {row: (low, high)}}, drawn as lines.
+    one_scale
+        The panels show the same metric.
+    width
+        Of the figure, in inches.
     """
     rows = list(next(iter(panels.values())))
-    size = (width, 0.6 + 0.3 * len(rows))
-    fig = plt.figure(figsize=size, layout="constrained")
-    axes = fig.subplots(1, len(panels), sharex=one_scale, sharey=True, squeeze=False)
-    for axis, (title, panel) in zip(axes[0], panels.items(), strict=True):
+    columns = len(panels) if len(panels) < 4 else 2
+    lines = -(-len(panels) // columns)
+    fig = plt.figure(figsize=(width, lines * (0.6 + 0.3 * len(rows))), layout="constrained")
+    axes = fig.subplots(lines, columns, sharex=one_scale, sharey=True, squeeze=False)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_visible(False)
+    for axis, (title, panel) in zip(axes.flat, panels.items(), strict=False):
         for y, row in enumerate(rows):
+            if intervals and row in intervals[title]:
+                axis.hlines(y, *intervals[title][row], color="#bbbbbb", lw=2)
             if panel[row]:
                 axis.plot(panel[row], [y] * len(panel[row]), "o", color="#4477aa", alpha=0.5, ms=5, mew=0)
                 axis.plot(np.mean(panel[row]), y, "|", color="#222222", ms=13, mew=1.5)

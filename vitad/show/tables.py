@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from vitad.evidence import expected
+from vitad.evidence import estimate, expected
 from vitad.metrics import METRICS, auroc
 from vitad.runs import Request, committed_seeds
 from vitad.runs.record import Record
@@ -97,11 +97,37 @@ def by_kind(record: Record, category: str | None = None) -> dict[str, float | No
 
 
 def across_splits(records: Sequence[Record], honest: str, other: str) -> pd.DataFrame:
-    """What another split does to each method: image AUROC on both (mean over seeds), and the gain."""
+    """What another split does to each method, metric by metric: the means over seeds on both, and the gain."""
     frame = by_run(records).assign(split=[r["split"] for r in records])
-    means = frame.pivot_table("image AUROC", ["method", "preset", "px"], "split")
+    keys = ["method", "preset", "px"]
+    long = frame.melt([*keys, "split"], list(METRICS.values()), "metric").dropna(subset="value")
+    means = long.assign(value=long["value"].astype(float)).pivot_table("value", [*keys, "metric"], "split", sort=False)
     means = means.reindex(columns=[honest, other]).dropna().round(3)
+    means = means.sort_index(level=keys, sort_remaining=False, kind="stable")
     return means.assign(gain=(means[other] - means[honest]).round(3)).reset_index().rename_axis(columns=None)
+
+
+def panels(rows: Mapping[str, Sequence[Record]]) -> tuple[dict[str, dict], dict[str, dict]]:
+    """What `plots.dots` draws of several kinds of run: the values of all metrics, and their intervals.
+
+    Parameters
+    ----------
+    rows
+        {row: records of its seeds}.
+
+    Returns
+    -------
+    {title of a metric: {row: values of the seeds}}, and {title: {row: (low, high)}} over seeds and test images; without
+    the metrics that no record has.
+    """
+    values, intervals = {}, {}
+    for metric, title in METRICS.items():
+        panel = {row: [r["metrics"][metric] for r in records if _has(r, metric)] for row, records in rows.items()}
+        if any(panel.values()):
+            estimates = {row: estimate(rows[row], metric) for row in panel if panel[row]}
+            values[title] = panel
+            intervals[title] = {row: (e.low, e.high) for row, e in estimates.items()}
+    return values, intervals
 
 
 def ablation(
@@ -151,6 +177,10 @@ def markdown(frame: pd.DataFrame) -> str:
     ]
     rows = [list(frame.columns), ["---"] * len(frame.columns), *cells]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows).replace(" ± ", "\u00a0±\u00a0")
+
+
+def _has(record: Record, metric: str) -> bool:
+    return record["metrics"].get(metric) is not None
 
 
 def _data(record: Record) -> str:
