@@ -3,7 +3,7 @@
 from vitad.runs.folder import load_model, read_history, read_maps
 from vitad.runs.machine import describe_environment, environment, find_device, git_state
 from vitad.runs.pipeline import find_or_run, run, run_variants, score
-from vitad.runs.record import by_hash, committed, committed_seeds, read_record, read_records
+from vitad.runs.record import by_hash, committed, committed_seeds, on_other_processors, read_record, read_records
 from vitad.runs.request import Request, hash_of, settings_of
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "git_state",
     "hash_of",
     "load_model",
+    "on_other_processors",
     "read_history",
     "read_maps",
     "read_record",
