@@ -9,7 +9,7 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 # Notebooks run with this environment's Python, never with a kernel that a user has installed elsewhere.
 export JUPYTER_PREFER_ENV_PATH := 1
 
-.PHONY: help env book notebooks readme test bench clean
+.PHONY: help env book notebooks readme test robust processors bench clean
 
 # Everything that was set on the command line, quoted; the scripts refuse names that they do not know.
 GIVEN = $(foreach name,$(filter-out PYTHON TORCH_INDEX,$(.VARIABLES)),\
@@ -21,9 +21,12 @@ help:
 	@echo "                OVERRIDES='lr=1e-4 epochs=3'   settings that differ from the preset, for all notebooks"
 	@echo "                JOBS=           notebooks that run at a time"
 	@echo "make test       install into $(VENV), run the linters, the tests and the notebooks as committed"
+	@echo "make robust     run the notebooks under other arithmetic, and with the smallest preset on real images"
+	@echo "                SETTINGS='avx2 default'   these   ONLY='anovit mala'   these notebooks   JOBS="
 	@echo "make notebooks  execute the committed notebooks that lag behind the library or the records"
 	@echo "                ONLY='anovit mala'   these   ALL=1   all   JOBS=   notebooks that run at a time"
 	@echo "make readme     write the lists of methods and data sets into README.md"
+	@echo "make processors make the book's own runs again under other arithmetic, for the metrics to expect   ONLY='anovit mala'"
 	@echo "make bench      time the metrics, the damage synthesis and the training steps of vitmem and mala"
 	@echo "make env        only install into $(VENV)"
 	@echo "make clean      remove everything built, except $(VENV)"
@@ -63,6 +66,12 @@ test: $(READY)
 	$(PY) -m pytest -q -n $(JOBS) --dist loadfile
 	rm -rf notebooks/runs
 	$(PY) -m pytest -q -n $(JOBS) --dist loadfile --nbval-lax --nbval-current-env notebooks
+
+robust: $(READY)
+	@$(PY) book/robust.py $(GIVEN)
+
+processors: $(READY)
+	@$(PY) experiments/processors.py $(ONLY)
 
 bench: $(READY)
 	$(PY) benchmarks/metrics.py

@@ -62,15 +62,16 @@ class Task:
     kernel: int | None = None  # process id
 
 
-def execute_all(tasks: list[Task], jobs: int | None, total: int, go_on: bool) -> list[str]:
+def execute_all(tasks: list[Task], jobs: int | None, total: int, go_on: bool, threads: int | None = None) -> list[str]:
     """Execute `tasks` and return the failures in words. The cores are shared among the kernels.
 
     After a failure no further notebook is started, unless `go_on`; those that run are finished in any case.
-    `total` also counts the notebooks that did not have to run, for the progress bar.
+    `total` also counts the notebooks that did not have to run, for the progress bar. `threads` are those of a kernel,
+    by default the cores that it has to itself.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     jobs = max(1, min(jobs or min(cores, 4), len(tasks)))
-    os.environ["OMP_NUM_THREADS"] = str(max(1, cores // jobs))  # kernels inherit it
+    os.environ["OMP_NUM_THREADS"] = str(threads or max(1, cores // jobs))  # kernels inherit it
     os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"  # this environment's kernel, not a user's own
     print(f"{total} notebooks, {len(tasks)} to run, {jobs} at a time", flush=True)
     failures = []

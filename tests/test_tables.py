@@ -1,5 +1,7 @@
 """Tables of the book: what they make of run records."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
@@ -7,7 +9,7 @@ from sklearn.metrics import roc_auc_score
 from vitad import evidence, runs
 from vitad.methods import mala
 from vitad.metrics import METRICS
-from vitad.runs import Request, committed_seeds
+from vitad.runs import Request, by_hash, committed, committed_seeds, hash_of, on_other_processors
 from vitad.settings import resolve
 from vitad.show import cost, tables
 
@@ -129,11 +131,45 @@ def test_panels_hold_all_metrics_and_intervals_where_there_are_some():
     assert "b" not in intervals["PRO"]
 
 
-def test_what_is_expected_comes_from_the_seeds():
+def test_what_is_expected_comes_from_the_spread_of_the_runs():
     mean, tolerance, n = evidence.expected(RECORDS[:3])
-    assert (mean, tolerance, n) == (pytest.approx(0.8), pytest.approx(0.3), 3)
-    assert evidence.expected(RECORDS[3:4]) == (0.95, 0.04, 1)
+    assert (mean, n) == (pytest.approx(0.8), 3)
+    assert tolerance == pytest.approx(31.599 * 0.1 * (4 / 3) ** 0.5, rel=1e-4)  # t(0.9995) with 2 degrees of freedom
+    alone, unknown, n = evidence.expected(RECORDS[3:4])
+    assert (alone, n) == (0.95, 1) and np.isnan(unknown)
     assert np.isnan(evidence.expected([])[0]) and evidence.expected([])[2] == 0
+
+
+def test_one_more_run_lies_within_the_tolerance_as_often_as_is_said():
+    rng, inside = np.random.default_rng(0), []
+    for _ in range(20_000):
+        *known, more = rng.normal(0.9, 0.02, 5)
+        mean, tolerance, _ = evidence.expected([{"metrics": {"image_auroc": value}} for value in known])
+        inside.append(abs(more - mean) <= tolerance)
+    assert np.mean(inside) == pytest.approx(evidence.LEVEL, abs=0.001)
+
+
+def test_a_run_far_from_the_others_is_refused():
+    runs_ = [{"metrics": {"image_auroc": 0.9 + 0.002 * k}} for k in range(12)]
+    near, far = ({"metrics": {"image_auroc": value}} for value in (0.92, 0.95))
+    assert evidence.check_expected(near, runs_) == "image AUROC 0.920, expected 0.911 ± 0.033 from 12 runs"
+    with pytest.raises(AssertionError, match="0.950, expected 0.911 ± 0.033 from 12 runs: outside"):
+        evidence.check_expected(far, runs_)
+    assert evidence.check_expected(far, runs_[:1]) == "", "one run says nothing of the spread"
+
+
+def test_runs_on_other_processors_count_only_for_what_to_expect():
+    request = Request("anovit")
+    repeated = on_other_processors(request)
+    assert {r["environment"]["cpu_capability"] for r in repeated} >= {"AVX2", "DEFAULT"}
+    assert all(hash_of(r) in {replace(request, seed=seed).hash for seed in range(3)} for r in repeated)
+    folders = {r["folder"] for r in repeated}
+    assert len(folders) == len(repeated) and folders.isdisjoint(r["folder"] for r in committed())
+    assert [r["seed"] for r in committed_seeds(request)] == [0, 1, 2]
+    assert by_hash()[request.hash]["folder"] not in folders
+    assert on_other_processors(request.override(lr=1e-3)) == []
+    shown = tables.expectation(request)[""]["PRO"]
+    assert shown.endswith(f"({3 + len(repeated)} runs)")
 
 
 def test_only_the_very_same_run_tells_what_to_expect():
@@ -144,7 +180,6 @@ def test_only_the_very_same_run_tells_what_to_expect():
     shown = tables.expectation(Request("anovit", category="weave", seed=1, overrides={"lr": 1e-3}))[""]
     assert "--category weave --preset demo --seed 1 --set lr=0.001 --out" in shown["command"]
     assert shown["PRO"] == "never run so far"
-    assert tables.expectation(Request("anovit"))[""]["PRO"].endswith("(3 seeds)")
 
 
 def test_committed_records_are_found_without_the_data(monkeypatch):

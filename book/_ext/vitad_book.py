@@ -24,7 +24,9 @@ def expand(app, docname, source):
     def table(match):
         wanted = dict(pair.split("=") for pair in match[2].split())
         splits = [wanted.pop(key) for key in ("honest", "other") if key in wanted]
-        records = [r for r in runs.read_records(root / "results") if all(str(r[k]) == v for k, v in wanted.items())]
+        records = [
+            r for r in runs.committed(results=root / "results") if all(str(r[k]) == v for k, v in wanted.items())
+        ]
         records = [r for r in records if set(r["overrides"]) <= {"image_size"}]  # ablations have their own chapters
         if not records:
             return "*No record of such a run has been committed yet.*"

@@ -12,6 +12,8 @@ from vitad.files import atomic_write
 from vitad.runs.request import Request, hash_of, identity
 
 Record = dict[str, Any]  # what `record.json` holds; `folder` is added where it was read together with others
+RESULTS = Path(vitad.__file__).parent.parent / "results"  # of the source tree
+PROCESSORS = "processors"  # folder in it of the book's runs once more, under other arithmetic
 
 
 def read_record(folder: str | Path) -> Record:
@@ -37,17 +39,33 @@ def read_records(folder: str | Path) -> list[Record]:
     return [read_record(p.parent) | {"folder": p.parent} for p in paths]
 
 
-def committed(dataset: str | None = None) -> list[Record]:
-    """Records that come with the book, below `results/` of the source tree; [] where vitad was installed without it."""
-    records = read_records(Path(vitad.__file__).parent.parent / "results")
+def committed(dataset: str | None = None, results: Path = RESULTS) -> list[Record]:
+    """Records that come with the book, below `results/` of the source tree; [] where vitad was installed without it.
+
+    Those of `on_other_processors` do not count: they repeat runs that are there.
+    """
+    records = [r for r in read_records(results) if PROCESSORS not in r["folder"].relative_to(results).parts]
     return [r for r in records if dataset in (None, r["dataset"])]
 
 
 def committed_seeds(request: Request) -> list[Record]:
     """Committed records of this run with any seed, sorted by seed. The data need not be there."""
+    return _any_seed(request, committed(request.dataset))
+
+
+def on_other_processors(request: Request) -> list[Record]:
+    """Committed records of this run with any seed, made again under other arithmetic; `make processors` writes them.
+
+    Their `environment` names the processor and its instructions (`device_name`, `cpu_capability`).
+    """
+    return _any_seed(request, read_records(RESULTS / PROCESSORS))
+
+
+def _any_seed(request: Request, records: list[Record]) -> list[Record]:
+    """Those of `records` that are of this run with any seed, sorted by seed."""
     wanted = request.identity | {"seed": None}
-    same_names = [r for r in committed(request.dataset) if r["method"] == request.method]
-    same = [r for r in same_names if identity(r) | {"seed": None} == wanted]
+    same_method = [r for r in records if r["method"] == request.method]
+    same = [r for r in same_method if identity(r) | {"seed": None} == wanted]
     return sorted(same, key=lambda r: r["seed"])
 
 

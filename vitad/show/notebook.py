@@ -81,6 +81,16 @@ def begin(namespace: dict[str, Any], method: str | None = None) -> Request | Non
         raise ParameterError(str(error)) from None
 
 
+def ablation_seeds(first: int, preset: str | None) -> range:
+    """Seeds of each row of an ablation: three, but one with the preset `smoke`, which only tests that a page runs.
+
+    Prints which.
+    """
+    seeds = range(first, first + (1 if preset == "smoke" else 3))
+    print("seeds of each row:", *seeds, "(preset smoke: a single one)" if len(seeds) == 1 else "")
+    return seeds
+
+
 def _assigned(cells: list[str]) -> Iterator[str]:
     """Names that the parameters cell and papermill's cell assign.
 

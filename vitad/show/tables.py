@@ -15,7 +15,7 @@ import pandas as pd
 
 from vitad.evidence import estimate, expected
 from vitad.metrics import METRICS, auroc
-from vitad.runs import Request, committed_seeds
+from vitad.runs import Request, committed_seeds, on_other_processors
 from vitad.runs.record import Record
 
 NOT_MEASURED, NOT_DEFINED = "not measured", "–"
@@ -155,13 +155,15 @@ def ablation(
 def expectation(request: Request) -> pd.DataFrame:
     """How a paper's chapter opens: the command, the metrics to expect with their tolerance, the time, the hardware.
 
-    Only committed runs of the same request count.
+    Only committed runs of the same request count, for the metrics also those on other processors.
     """
     same = committed_seeds(request)
+    every = same + on_other_processors(request)
     rows = {"command": " ".join(request.command(f"runs/{request.method}"))}
     for metric, title in METRICS.items():
-        mean, tolerance, n = expected(same, metric)
-        rows[title] = f"{mean:.3f} ± {tolerance:.3f} ({n} seeds)" if n else "never run so far"
+        mean, tolerance, n = expected(every, metric)
+        spread = f" ± {tolerance:.3f}" if n > 1 else ""
+        rows[title] = f"{mean:.3f}{spread} ({n} runs)" if n else "never run so far"
     if same:
         machine = same[0]["environment"]
         rows["time"] = f"{by_run(same)['minutes'].mean():.1f} min"
