@@ -134,7 +134,7 @@ def test_panels_hold_all_metrics_and_intervals_where_there_are_some():
 def test_what_is_expected_comes_from_the_spread_of_the_runs():
     mean, tolerance, n = evidence.expected(RECORDS[:3])
     assert (mean, n) == (pytest.approx(0.8), 3)
-    assert tolerance == pytest.approx(31.599 * 0.1 * (4 / 3) ** 0.5, rel=1e-4)  # t(0.9995) with 2 degrees of freedom
+    assert tolerance == pytest.approx(9.9248 * 0.1 * (4 / 3) ** 0.5, rel=1e-4)  # t(0.995) with 2 degrees of freedom
     alone, unknown, n = evidence.expected(RECORDS[3:4])
     assert (alone, n) == (0.95, 1) and np.isnan(unknown)
     assert np.isnan(evidence.expected([])[0]) and evidence.expected([])[2] == 0

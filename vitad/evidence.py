@@ -34,7 +34,7 @@ MARGINS = {  # what still counts as equal to a printed number: for a mean over s
     "pixel_ap": (0.02, 0.04),  # ours: that of PRO
     "pro": (0.02, 0.04),
 }
-EXPECTED = 0.999  # so rarely does a run that is as it should be miss `expected`
+EXPECTED = 0.99  # share of the runs as they should be that lie within `expected`
 
 
 def expected(records: Sequence[Record], metric: str = "image_auroc") -> tuple[float, float, int]:
@@ -42,7 +42,7 @@ def expected(records: Sequence[Record], metric: str = "image_auroc") -> tuple[fl
 
     The runs differ in their seeds, and in the processors that they were made on. Other rounding of the last digit sends
     a training on another way, as another seed does, so all count as draws of one distribution. One more lies within
-    t * s * sqrt(1 + 1/n) of their mean in 999 of 1,000 cases (Student's t with n - 1 degrees of freedom, standard
+    t * s * sqrt(1 + 1/n) of their mean in 99 of 100 cases (Student's t with n - 1 degrees of freedom, standard
     deviation s). (nan, nan, 0) where no record has the metric; a single one gives no tolerance.
     """
     values = np.array([r["metrics"][metric] for r in records if r["metrics"].get(metric) is not None], float)
