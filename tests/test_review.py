@@ -49,7 +49,7 @@ def test_the_draw_is_random_and_can_be_repeated(instant, tmp_path):
 
 
 def test_a_record_outside_is_named_with_the_claims_that_rest_on_it(instant, tmp_path, monkeypatch, capsys):
-    instant.moved = 0.3
+    instant.moved = 3.0
     rests_on = frozenset(hash_of(r) for r in runs.committed("toy")[:1])
     made = claims.Claim("anovit", "It finds <teeth>.", claims.Evidence(True, "0.9", rests_on))
     monkeypatch.setattr(review.claims, "of_the_book", lambda: [made])
