@@ -19,7 +19,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from vitad.runs import Request
-from vitad.runs.record import PROCESSORS, RESULTS
+from vitad.runs.record import PROCESSORS, results_folder
 
 METHODS = ("anovit", "vitmem", "mala", "ssltok")
 CAPABILITIES = (None, "avx2", "default")  # None: the best that this processor has
@@ -55,7 +55,7 @@ def main(methods: list[str]) -> None:
         label = name_of(capability)
         for method in methods or METHODS:
             for seed in SEEDS:
-                folder = RESULTS / PROCESSORS / f"{method}-{label}-s{seed}"
+                folder = results_folder() / PROCESSORS / f"{method}-{label}-s{seed}"
                 if not folder.exists():
                     todo.append((Request(method, seed=seed), capability, folder))
     with ThreadPoolExecutor(os.cpu_count()) as pool:

@@ -126,3 +126,19 @@ def test_an_error_of_the_request_has_no_traceback_either(monkeypatch, capsys):
     with pytest.raises(notebook.ParameterError, match="dmeo") as caught:
         begin(namespace(CELL), "anovit")
     assert caught.value._render_traceback_() == ["ParameterError: unknown preset 'dmeo'. Did you mean 'demo'?"]
+
+
+def test_an_ablation_has_three_seeds_but_one_with_the_smallest_preset(capsys):
+    assert list(notebook.ablation_seeds(4, "demo")) == [4, 5, 6]
+    assert list(notebook.ablation_seeds(4, "smoke")) == [4]
+    assert capsys.readouterr().out.splitlines()[1] == "seeds of each row: 4 (preset smoke: a single one)"
+
+
+def test_variants_that_change_nothing_are_left_out_and_named(capsys):
+    from vitad.runs import Request
+
+    request = Request("ssltok", preset="smoke")
+    variants = {"last block": {"blocks": [6]}, "untrained": {"pretrained": False}}
+    assert notebook.changing(request, variants) == {"last block": {"blocks": [6]}}
+    assert capsys.readouterr().out == "left out: untrained, since preset smoke has it anyway\n"
+    assert notebook.changing(Request("ssltok"), variants) == variants

@@ -12,8 +12,7 @@ from vitad.files import atomic_write
 from vitad.runs.request import Request, hash_of, identity
 
 Record = dict[str, Any]  # what `record.json` holds; `folder` is added where it was read together with others
-RESULTS = Path(vitad.__file__).parent.parent / "results"  # of the source tree
-PROCESSORS = "processors"  # folder in it of the book's runs once more, under other arithmetic
+PROCESSORS = "processors"  # folder in `results/` of the book's runs once more, under other arithmetic
 
 
 def read_record(folder: str | Path) -> Record:
@@ -39,11 +38,17 @@ def read_records(folder: str | Path) -> list[Record]:
     return [read_record(p.parent) | {"folder": p.parent} for p in paths]
 
 
-def committed(dataset: str | None = None, results: Path = RESULTS) -> list[Record]:
-    """Records that come with the book, below `results/` of the source tree; [] where vitad was installed without it.
+def results_folder() -> Path:
+    """`results/` of the source tree; it does not exist where vitad was installed without it."""
+    return Path(vitad.__file__).parent.parent / "results"
+
+
+def committed(dataset: str | None = None, results: Path | None = None) -> list[Record]:
+    """Records that come with the book, below `results/` of the source tree or another folder of that kind.
 
     Those of `on_other_processors` do not count: they repeat runs that are there.
     """
+    results = results or results_folder()
     records = [r for r in read_records(results) if PROCESSORS not in r["folder"].relative_to(results).parts]
     return [r for r in records if dataset in (None, r["dataset"])]
 
@@ -58,7 +63,7 @@ def on_other_processors(request: Request) -> list[Record]:
 
     Their `environment` names the processor and its instructions (`device_name`, `cpu_capability`).
     """
-    return _any_seed(request, read_records(RESULTS / PROCESSORS))
+    return _any_seed(request, read_records(results_folder() / PROCESSORS))
 
 
 def _any_seed(request: Request, records: list[Record]) -> list[Record]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from vitad.errors import UserError, unknown
@@ -89,6 +89,14 @@ def ablation_seeds(first: int, preset: str | None) -> range:
     seeds = range(first, first + (1 if preset == "smoke" else 3))
     print("seeds of each row:", *seeds, "(preset smoke: a single one)" if len(seeds) == 1 else "")
     return seeds
+
+
+def changing(request: Request, variants: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """The variants `{name: overrides}` that differ from `request`. Prints those that its preset has anyway."""
+    kept = {name: changed for name, changed in variants.items() if request.override(**changed) != request}
+    for name in [name for name in variants if name not in kept]:
+        print(f"left out: {name}, since preset {request.preset} has it anyway")
+    return kept
 
 
 def _assigned(cells: list[str]) -> Iterator[str]:
