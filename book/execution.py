@@ -70,6 +70,7 @@ def execute_all(tasks: list[Task], jobs: int | None, total: int, go_on: bool, th
     by default the cores that it has to itself.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    tasks = sorted(tasks, key=lambda task: "ablation" not in task.notebook.stem)  # the longest first
     jobs = max(1, min(jobs or min(cores, 4), len(tasks)))
     os.environ["OMP_NUM_THREADS"] = str(threads or max(1, cores // jobs))  # kernels inherit it
     os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"  # this environment's kernel, not a user's own
