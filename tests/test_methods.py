@@ -336,14 +336,14 @@ def test_patchknn_finds_patches_that_it_holds(gears):
 @pytest.mark.parametrize("sampling", ["random", "coreset"])
 def test_patchknn_bank_holds_different_training_patches(gears, sampling):
     model = make(patchknn, bank_size=50, sampling=sampling)
-    torch.manual_seed(4)
+    model.seed = 4
     model.prepare(gears.train, CPU)
     patches = model.features(gears.train.batch(range(12))["image"]).flatten(0, 1)
     distance = torch.cdist(model.bank, patches, compute_mode="donot_use_mm_for_euclid_dist")
     assert distance.amin(1).max() < 1e-5 and len(model.bank.unique(dim=0)) == 50
     first = model.bank
     for seed, same in ((4, True), (5, False)):
-        torch.manual_seed(seed)
+        model.seed = seed
         model.prepare(gears.train, CPU)
         assert torch.equal(model.bank, first) == same
 
@@ -354,9 +354,10 @@ def test_greedy_coreset_takes_one_point_of_each_cluster():
     sizes = torch.tensor([200, 1, 50, 3, 100, 2, 1, 30])
     cluster = torch.arange(8).repeat_interleave(sizes)
     points = centres[cluster] + 0.01 * torch.randn(len(cluster), 32)
-    chosen = patchknn.greedy_coreset(points, 8)
+    random = torch.Generator().manual_seed(0)
+    chosen = patchknn.greedy_coreset(points, 8, random)
     assert sorted(cluster[chosen].tolist()) == list(range(8))
-    everything = patchknn.greedy_coreset(points[:40], 40)
+    everything = patchknn.greedy_coreset(points[:40], 40, random)
     assert sorted(everything.tolist()) == list(range(40))
 
 
@@ -391,7 +392,7 @@ def test_patchknn_state_carries_its_bank(gears):
     [
         ("anovit", {"epochs": 6, "lr": 2e-3}),
         ("vitmem", {"epochs": 16, "lr": 1e-3}),
-        ("ssltok", {"epochs": 60, "lr": 1e-3, "standardise": True, "pool": 12}),
+        ("ssltok", {"epochs": 60, "lr": 1e-3, "standardise": True, "pool": 12, "product": True}),
         ("l2cae", {"epochs": 8, "lr": 1e-3}),
     ],
 )

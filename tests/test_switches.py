@@ -529,7 +529,7 @@ def test_ssltok_masks_up_to_the_given_share_of_tokens(gears):
     def largest_share(model):
         seen, forward = [], model.reconstruction.forward
         model.reconstruction.forward = lambda tokens, masked: seen.append(masked) or forward(tokens, masked)
-        torch.manual_seed(0)
+        torch.manual_seed(1)
         with torch.no_grad():
             for _ in range(10):
                 model.losses(gears.train.batch(range(10)))

@@ -2,7 +2,8 @@
 
 A method says in `phases()` what is trained and how; this file does it. A run that is killed at any step and
 started again ends with the same weights as an unbroken one: the order of the images depends only on the seed, the
-phase and the epoch, and everything else that changes is saved every half minute.
+phase and the epoch, the random numbers of a step only on these and its number, and all that changes is saved every
+half minute. So phases do not disturb each other either: one that is left out changes nothing in the next but its start.
 """
 
 import math
@@ -21,6 +22,7 @@ from tqdm import tqdm
 
 from vitad.errors import UserError
 from vitad.files import atomic_write
+from vitad.randomness import seed_of
 
 if TYPE_CHECKING:
     from vitad.data.samples import ImageSet
@@ -143,15 +145,17 @@ def train(
             _restore(saved, progress, model, optimizer, device)
             saved = None
         losses_of = phase.losses or model.losses
-        held_out, fit = _hold_out(phase, len(images), [seed, number])
+        held_out, fit = _hold_out(phase, len(images), seed)
         steps = math.ceil(len(fit) / phase.batch_size)  # of an epoch
         total, done = phase.epochs * steps, progress.epoch * steps + progress.step
         with tqdm(desc=phase.name, total=total, initial=done, unit="step") as bar:
             while progress.epoch < phase.epochs and not _out_of_patience(phase, progress):
                 model.train()
-                random = np.random.default_rng([seed, number, progress.epoch])
-                order = random.permutation(phase.draw(random) if phase.draw else fit)
+                epoch = (phase.name, progress.epoch)
+                shown = phase.draw(_random(seed, "images", *epoch)) if phase.draw else fit
+                order = _random(seed, "order", *epoch).permutation(shown)
                 while progress.step < steps:
+                    torch.manual_seed(seed_of(seed, "step", *epoch, progress.step))  # of all that the losses draw
                     first = progress.step * phase.batch_size
                     batch = images.batch(order[first : first + phase.batch_size], device)
                     with autocast(device, amp):
@@ -175,6 +179,7 @@ def train(
                 means = torch.stack(progress.losses).mean(0).tolist()
                 values = dict(zip(losses, means, strict=True))
                 if len(held_out):
+                    torch.manual_seed(seed_of(seed, "validation", phase.name))  # in every epoch the same
                     values["val"] = val = _validate(model, losses_of, images, held_out, phase, device, amp)
                     if not math.isfinite(val):
                         raise _diverged("validation loss", progress, phase, model)
@@ -211,12 +216,7 @@ class _Saver:
             return
         began = time.monotonic()
         self.progress.seconds = self.seconds()
-        state = {
-            "at": vars(self.progress),
-            "model": model.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "random": _random_state(),
-        }
+        state = {"at": vars(self.progress), "model": model.state_dict(), "optimizer": optimizer.state_dict()}
         with atomic_write(self.path) as temporary:
             try:
                 torch.save(state, temporary)
@@ -237,20 +237,16 @@ def _restore(
     model.load_state_dict(saved["model"])
     optimizer.load_state_dict(saved["optimizer"])
     progress.losses = [x.to(device) for x in progress.losses]
-    torch.set_rng_state(saved["random"]["cpu"])
-    if saved["random"]["cuda"]:
-        torch.cuda.set_rng_state_all(saved["random"]["cuda"])
 
 
-def _random_state() -> dict[str, Any]:
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {"cpu": torch.get_rng_state(), "cuda": cuda}
+def _random(seed: int, *purpose: str | int) -> np.random.Generator:
+    return np.random.default_rng(seed_of(seed, *purpose))
 
 
-def _hold_out(phase: Phase, n_images: int, seed: list[int]) -> tuple[ndarray, ndarray]:
+def _hold_out(phase: Phase, n_images: int, seed: int) -> tuple[ndarray, ndarray]:
     """Indices (held out, for training) of a phase: a random part, fixed by the seed, is held out for validation."""
     indices = np.arange(n_images) if phase.indices is None else phase.indices
-    order = np.random.default_rng(seed).permutation(indices)
+    order = _random(seed, "held out", phase.name).permutation(indices)
     n = len(order)
     n_held_out = math.ceil(phase.val_fraction * n)
     if n_held_out == n:

@@ -23,6 +23,7 @@ from vitad.blocks import gaussian_blur
 from vitad.data.samples import ImageSet
 from vitad.errors import UserError
 from vitad.methods.base import Method
+from vitad.randomness import seeded
 from vitad.training import Phase
 
 PAPER = "Lee & Kang 2022, AnoViT, IEEE Access 10, 46717-46724"
@@ -102,9 +103,11 @@ class Model(Method):
             raise UserError(f"det_sigma={s.det_sigma} is below seg_sigma={s.seg_sigma}; it smooths the map further.")
         if len(s.betas) != 2 or max(s.betas) >= 1:
             raise UserError(f"betas={s.betas}: Adam takes two numbers below 1.")
-        self.encoder, self.weights = vit(s.encoder, s.image_size, weights if s.pretrained else "random")
+        with seeded(self.seed, "encoder"):
+            self.encoder, self.weights = vit(s.encoder, s.image_size, weights if s.pretrained else "random")
         self.encoder.requires_grad_(not s.freeze_encoder)
-        self.decoder = Decoder(self.encoder.embed_dim, s.channels, s.image_size, s.decoder_norm, s.last_act)
+        with seeded(self.seed, "decoder"):
+            self.decoder = Decoder(self.encoder.embed_dim, s.channels, s.image_size, s.decoder_norm, s.last_act)
         # minus1_1: (x - 1/2) / (1/2). dataset_stats: prepare() puts the statistics of the training images here.
         self.register_buffer("mean", torch.full((1, 3, 1, 1), 0.5))
         self.register_buffer("std", torch.full((1, 3, 1, 1), 0.5))

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from vitad.data.samples import ImageSet
+from vitad.randomness import next_seed
 from vitad.training import Phase
 
 
@@ -16,6 +17,10 @@ class Method(nn.Module, ABC):
     settings: Any  # the frozen dataclass `Settings` of the method's module
     weights: dict[str, str]  # where the weights came from, for the run record: `source`, and `sha256` of a file
     protocol: dict[str, str]  # for the run record: normalisation, smoothing, image_score, checkpoint
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seed = next_seed()  # with the name of a part or a draw it seeds that one alone, see `vitad.randomness`
 
     @abstractmethod
     def anomaly_map(self, images: Tensor) -> Tensor:

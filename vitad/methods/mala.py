@@ -31,6 +31,7 @@ from vitad.data.synthesis import Synthesis, foreground_mask
 from vitad.errors import UserError
 from vitad.files import read_safetensors, sha256
 from vitad.methods.base import Method
+from vitad.randomness import next_seed, seed_of, seeded
 from vitad.training import Phase, warm_up_then_cosine
 
 PAPER = "Chen et al. 2023, MALA, IEEE Access 11"
@@ -180,7 +181,8 @@ class Model(Method):
         self.settings = s = settings
         _check(s)
         source = str(weights) if s.pretrained else "random"
-        self.encoder, self.weights = vit(s.encoder, s.image_size, source if source == "auto" else "random")
+        with seeded(self.seed, "encoder"):
+            self.encoder, self.weights = vit(s.encoder, s.image_size, source if source == "auto" else "random")
         if s.depth is not None and not 1 <= s.depth <= len(self.encoder.blocks):
             raise UserError(f"depth={s.depth}: {s.encoder} has 1 to {len(self.encoder.blocks)} blocks.")
         self.encoder.blocks = self.encoder.blocks[: s.depth]
@@ -197,11 +199,14 @@ class Model(Method):
         self.encoder.pos_embed.requires_grad_(False)
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN)[:, None, None])
         self.register_buffer("std", torch.tensor(IMAGENET_STD)[:, None, None])
-        self.decoder = Decoder(self.grid, D_e, D_d, s.decoder_depth, s.decoder_heads, 3 * P * P, s.mask_fill)
-        self.plpm = plpm(s.plpm_channels) if s.stage1 and s.plpm != "off" else None
+        with seeded(self.seed, "decoder"):
+            self.decoder = Decoder(self.grid, D_e, D_d, s.decoder_depth, s.decoder_heads, 3 * P * P, s.mask_fill)
+        with seeded(self.seed, "plpm"):
+            self.plpm = plpm(s.plpm_channels) if s.stage1 and s.plpm != "off" else None
         self.tbm = None
         if s.pipeline == "e2e":
-            self.tbm = TokenBalance(D_e, D_d, 2 * P * P) if s.tbm else nn.Linear(D_d, 2 * P * P)
+            with seeded(self.seed, "tbm"):
+                self.tbm = TokenBalance(D_e, D_d, 2 * P * P) if s.tbm else nn.Linear(D_d, 2 * P * P)
         if source not in ("auto", "random"):
             self.weights = load_mae(self, source)
         self.synthesis = Synthesis(("perlin",), s.damage, s.mode, s.textures, keep_grey=s.keep_grey)
@@ -243,8 +248,8 @@ class Model(Method):
         """Indices (B,n) of the patches that stay visible, drawn for each image."""
         N = self.encoder.patch_embed.num_patches
         n = n_visible(N, self.settings.mask_ratio)
-        shuffled = torch.rand(B, N, device=device).argsort(1)  # each row a permutation of the N patches
-        return shuffled[:, :n]
+        shuffled = torch.rand(B, N).argsort(1)  # each row a permutation of the N patches
+        return shuffled[:, :n].to(device)
 
     def reconstruct(self, images: Tensor, visible: Tensor | None = None) -> Tensor:
         """X (B,3,S,S) in [0,1] -> X_bar (B,3,S,S), rebuilt from the visible patches or from all."""
@@ -307,8 +312,7 @@ class Model(Method):
         if self.training and self.foreground is not None:
             row = np.searchsorted(self.chosen[2], batch["index"].numpy())
             foreground = self.foreground[row].to(images.device, non_blocking=True)
-        seed, step = torch.randint(2**31, (2,)).tolist()  # from torch's state, which is saved with the run
-        return self.synthesis(images, seed, step, foreground)
+        return self.synthesis(images, next_seed(), 0, foreground)  # other damage at every call
 
     # --- training ---
 
@@ -316,9 +320,11 @@ class Model(Method):
     def prepare(self, images: ImageSet, device: torch.device) -> None:
         """Draw the images of both stages, as many of each category; find the foreground of those to be damaged."""
         s = self.settings
-        self.chosen = {1: draw(images.categories, s.stage1_images), 2: draw(images.categories, s.stage2_images)}
+        for stage, most in {1: s.stage1_images, 2: s.stage2_images}.items():
+            random = np.random.default_rng(seed_of(self.seed, "images", stage))
+            self.chosen[stage] = draw(images.categories, most, random)
         if s.resample_each_epoch:
-            self.drawn_anew = lambda random: draw(images.categories, s.stage1_images, random.permutation)
+            self.drawn_anew = lambda random: draw(images.categories, s.stage1_images, random)
         if s.pipeline == "e2e" and s.mode != "global":
             self.foreground = torch.cat([foreground_mask(images.batch([i])["image"]) for i in self.chosen[2]])
 
@@ -392,13 +398,15 @@ class Decoder(nn.Module):
         super().__init__()
         timm = import_timm()
         self.embed = nn.Linear(width_in, width)
-        self.mask_token = nn.Parameter(0.02 * torch.randn(1, 1, width)) if mask_fill == "mask_token" else None
         self.register_buffer("pos_embed", sincos(grid, width))
         Block = timm.models.vision_transformer.Block
         norm = timm.layers.LayerNorm  # eps 1e-6
         self.blocks = nn.Sequential(*(Block(width, heads, qkv_bias=True, norm_layer=norm) for _ in range(depth)))
         self.norm = norm(width)
         self.pred = nn.Linear(width, width_out)
+        self.mask_token = None  # drawn last: the other weights are the same with it and without
+        if mask_fill == "mask_token":
+            self.mask_token = nn.Parameter(0.02 * torch.randn(1, 1, width))
 
     def forward(self, tokens: Tensor, visible: Tensor | None = None) -> Tensor:
         z = self.embed(tokens)
@@ -474,12 +482,12 @@ def sincos(grid: tuple[int, int], width: int) -> Tensor:
     return torch.cat([torch.zeros(1, width), table])[None]
 
 
-def draw(categories: ndarray, most: int, permutation: Callable[[int], Any] = torch.randperm) -> ndarray:
+def draw(categories: ndarray, most: int, random: np.random.Generator) -> ndarray:
     """Sorted indices of up to `most` random images of each category; of all images where `most` is 0."""
     chosen = []
     for category in np.unique(categories):
         members = np.flatnonzero(categories == category)
-        chosen.append(members[permutation(len(members))[: most or None]])
+        chosen.append(random.permutation(members)[: most or None])
     return np.sort(np.concatenate(chosen))
 
 

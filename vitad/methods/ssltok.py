@@ -31,6 +31,7 @@ from vitad.data.samples import ImageSet
 from vitad.data.synthesis import Synthesis
 from vitad.errors import UserError
 from vitad.methods.base import Method
+from vitad.randomness import generator, next_seed, seed_of, seeded
 from vitad.training import Phase, autocast, warm_up_then_cosine
 
 PAPER = "in the manner of Kim & Kwon 2024, IEEE Access 12, 127604-127613"
@@ -173,7 +174,8 @@ class Model(Method):
         super().__init__()
         self.settings = s = settings
         _check(s)
-        self.tokenizer, self.weights = vit(s.tokenizer, s.image_size, weights if s.pretrained else "random")
+        with seeded(self.seed, "tokenizer"):
+            self.tokenizer, self.weights = vit(s.tokenizer, s.image_size, weights if s.pretrained else "random")
         self.tokenizer.requires_grad_(False)
         layers = len(self.tokenizer.blocks)
         if not s.blocks or not all(1 <= b <= layers for b in s.blocks):
@@ -185,10 +187,12 @@ class Model(Method):
         self.reconstruction: Reconstruction | None = None
         self.segmentation: Segmentation | None = None
         if s.reconstruct:
-            self.reconstruction = Reconstruction(D, math.prod(grid), s.width, s.depth, s.heads, s.dropout)
+            with seeded(self.seed, "reconstruction"):
+                self.reconstruction = Reconstruction(D, math.prod(grid), s.width, s.depth, s.heads, s.dropout)
         if s.segment:
             parts = 1 + s.reconstruct * (1 + s.use_diff)  # t_a, t_hat and their difference
-            self.segmentation = Segmentation(parts * D, grid, s.seg_width, s.image_size)
+            with seeded(self.seed, "segmentation"):
+                self.segmentation = Segmentation(parts * D, grid, s.seg_width, s.image_size)
         # From prepare():
         self.clean: Tensor | None = None  # (n,N,D) half: tokens of the training images
         self.pool: dict[str, Tensor] = {}  # `tokens` (pool,n,N,D) half and `mask` (pool,n,S,S): the damaged versions
@@ -229,7 +233,7 @@ class Model(Method):
     def prepare(self, images: ImageSet, device: torch.device) -> None:
         """Cache the tokens of the training images, and of the pool of damaged ones, in half precision on the host.
 
-        A resumed run comes here with the same random state, so its cache is the same.
+        The damage depends on the model's seed, the version and the images, so a resumed run has the same cache.
         """
         s = self.settings
         N, D = self.tokenizer.patch_embed.num_patches, len(self.mean)
@@ -252,7 +256,7 @@ class Model(Method):
             part = slice(i, i + len(batch))
             self.clean[part] = self._raw_tokens(batch)
             for version in range(s.pool):
-                damaged = self._damage(batch)
+                damaged = self.synthesis(batch, seed_of(self.seed, "pool", version), i)
                 self.pool["tokens"][version, part] = self._raw_tokens(damaged["image"])
                 self.pool["mask"][version, part] = damaged["mask"][:, 0]
         if s.standardise:
@@ -272,14 +276,10 @@ class Model(Method):
         self.mean.copy_(mean)
         self.std.copy_(std.clamp_min(1e-3))
 
-    def _damage(self, images: Tensor) -> dict[str, Tensor]:
-        seed, step = torch.randint(2**31, (2,)).tolist()  # from torch's state, which is saved with the run
-        return self.synthesis(images, seed, step)
-
     @torch.no_grad()
     def pairs(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
         """t of the clean images, t_a of the images of which some are damaged, (B,N,D) both, and the mask M (B,S,S)."""
-        s, x = self.settings, batch["image"]
+        s, x, seed = self.settings, batch["image"], next_seed()
         index: Any = batch["index"] if self.training else None
         if index is not None and self.clean is not None and int(index.max()) < len(self.clean):
             t = self._standard(self.clean[index].to(x.device).float())
@@ -288,14 +288,15 @@ class Model(Method):
             t = self.tokens(x)
             versions = 0
         t_a, M = t.clone(), torch.zeros_like(x[:, 0], dtype=torch.bool)
-        chosen = (torch.rand(len(x)) < s.damage).nonzero()[:, 0]  # places in the batch of those to be damaged
+        draws = torch.rand(len(x), generator=generator(seed, "damaged"))
+        chosen = (draws < s.damage).nonzero()[:, 0]  # places in the batch of those to be damaged
         if versions:
-            version = torch.randint(versions, chosen.shape)
+            version = torch.randint(versions, (len(x),), generator=generator(seed, "version"))[chosen]
             tokens = self.pool["tokens"][version, index[chosen]].to(x.device)
             t_a[chosen] = self._standard(tokens.float())
             M[chosen] = self.pool["mask"][version, index[chosen]].to(x.device)
         elif len(chosen):
-            damaged = self._damage(x[chosen])
+            damaged = self.synthesis(x[chosen], seed_of(seed, "damage"), 0)
             t_a[chosen] = self.tokens(damaged["image"])
             M[chosen] = damaged["mask"][:, 0]
         return t, t_a, M
@@ -307,9 +308,10 @@ class Model(Method):
         s, losses, t_hat = self.settings, {}, None
         t, t_a, M = self.pairs(batch)
         if self.reconstruction:
-            share = torch.rand(len(t), 1, device=t.device) * s.mask_max  # of the tokens, for each image
-            masked = torch.rand(t.shape[:2], device=t.device) < share  # (B,N)
-            t_hat = self.reconstruction(t_a, masked)
+            random = generator(next_seed(), "masked")
+            share = torch.rand(len(t), 1, generator=random) * s.mask_max  # of the tokens, for each image
+            masked = torch.rand(t.shape[:2], generator=random) < share  # (B,N)
+            t_hat = self.reconstruction(t_a, masked.to(t.device))
             losses["cosine"] = (1 - F.cosine_similarity(t_hat, t, dim=-1)).mean()
             losses["smooth_l1"] = 0.5 * F.smooth_l1_loss(t_hat, t)
         if self.segmentation:
@@ -491,15 +493,15 @@ class Segmentation(nn.Module):
     def __init__(self, channels: int, grid: tuple[int, int], width: int, image_size: int):
         super().__init__()
         self.grid, self.image_size = grid, image_size
-        self.embed = nn.Conv2d(channels, width, 1)
         self.residual = nn.ModuleList(nn.Sequential(*_conv(width, width), *_conv(width, width)) for _ in range(2))
         up: list[nn.Module] = []
-        side = min(grid)
+        side, c_in = min(grid), width
         while side < image_size / 2:
-            narrower = max(width // 2, 8)
-            up += [nn.Upsample(scale_factor=2, mode="bilinear"), *_conv(width, narrower)]
-            side, width = 2 * side, narrower
-        self.up = nn.Sequential(*up, nn.Conv2d(width, 2, 1))
+            c_out = max(c_in // 2, 8)
+            up += [nn.Upsample(scale_factor=2, mode="bilinear"), *_conv(c_in, c_out)]
+            side, c_in = 2 * side, c_out
+        self.up = nn.Sequential(*up, nn.Conv2d(c_in, 2, 1))
+        self.embed = nn.Conv2d(channels, width, 1)  # drawn last: the other weights do not depend on what G sees
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = tokens.mT.unflatten(2, self.grid)  # (B,C,h,w)

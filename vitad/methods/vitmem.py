@@ -23,6 +23,7 @@ from vitad.data.samples import ImageSet
 from vitad.errors import UserError, unknown
 from vitad.methods import anovit
 from vitad.methods.base import Method
+from vitad.randomness import seeded
 from vitad.training import Phase
 
 PAPER = "Yang & Guo 2024, Sensors 24(8), 2440"
@@ -128,15 +129,19 @@ class Model(Method):
         if wrong or not s.score_terms:
             raise unknown("score_terms", ",".join(wrong), ("l2", "ssim", "entropy"))
         source = weights if s.pretrained else "random"
-        self.encoder, self.weights = vit(s.encoder, s.image_size, source, num_heads=s.heads, depth=s.depth)
+        with seeded(self.seed, "encoder"):
+            self.encoder, self.weights = vit(s.encoder, s.image_size, source, num_heads=s.heads, depth=s.depth)
         width = self.encoder.embed_dim
-        self.memory = Memory(width, s.items, s.similarity, s.temperature, s.shrink) if s.memory else None
-        self.coord_att = CoordinateAttention(width, s.ca_reduction) if s.coord_att else nn.Identity()
+        with seeded(self.seed, "memory"):
+            self.memory = Memory(width, s.items, s.similarity, s.temperature, s.shrink) if s.memory else None
+        with seeded(self.seed, "coord_att"):
+            self.coord_att = CoordinateAttention(width, s.ca_reduction) if s.coord_att else nn.Identity()
         self.decoder: nn.Sequential
-        if s.decoder == "anovit":
-            self.decoder = anovit.Decoder(width, (256, 128, 64, 32, 16, 3), s.image_size, s.decoder_norm, "none")
-        else:
-            self.decoder = exact_decoder(width, self.encoder.patch_embed.patch_size[0], s.decoder_norm)
+        with seeded(self.seed, "decoder"):
+            if s.decoder == "anovit":
+                self.decoder = anovit.Decoder(width, (256, 128, 64, 32, 16, 3), s.image_size, s.decoder_norm, "none")
+            else:
+                self.decoder = exact_decoder(width, self.encoder.patch_embed.patch_size[0], s.decoder_norm)
         self.protocol = {
             "normalisation": s.input_range,
             "smoothing": f"Gaussian, sigma {s.sigma} px",

@@ -19,6 +19,7 @@ from vitad.blocks import gaussian_blur, top_mean
 from vitad.data.samples import ImageSet
 from vitad.errors import UserError
 from vitad.methods.base import Method
+from vitad.randomness import generator
 from vitad.training import autocast
 
 PAPER = "patchknn in the manner of Roth et al. 2022, PatchCore, and Damm et al. 2025, AnomalyDINO"
@@ -105,11 +106,11 @@ class Model(Method):
             batch = images.batch(range(i, min(i + s.batch_size, n)), device)
             patches.append(self.features(batch["image"]).flatten(0, 1))
         every = torch.cat(patches)  # (n * N, D)
-        size = min(s.bank_size, len(every))
+        size, random = min(s.bank_size, len(every)), generator(self.seed, "bank")
         if s.sampling == "random":
-            chosen = torch.randperm(len(every))[:size].sort().values.to(device)
+            chosen = torch.randperm(len(every), generator=random)[:size].sort().values.to(device)
         else:
-            chosen = greedy_coreset(every, size)
+            chosen = greedy_coreset(every, size, random)
         self.bank = every[chosen]
 
     def fill_for_timing(self) -> None:
@@ -140,15 +141,15 @@ class Model(Method):
         super()._load_from_state_dict(state, prefix, *rest)
 
 
-def greedy_coreset(points: Tensor, size: int, width: int = 128) -> Tensor:
+def greedy_coreset(points: Tensor, size: int, random: torch.Generator, width: int = 128) -> Tensor:
     """Indices (size,) among the points (M,D), each of them the farthest from those before (PatchCore, algorithm 1).
 
     Distances are computed after a random projection to `width` dimensions, as in the paper.
     """
-    projection = torch.randn(points.shape[1], width).to(points)
+    projection = torch.randn(points.shape[1], width, generator=random).to(points)
     flat = points @ projection / width**0.5  # (M,width)
     chosen = torch.zeros(size, dtype=torch.long, device=points.device)
-    chosen[0] = torch.randint(len(points), ())
+    chosen[0] = torch.randint(len(points), (), generator=random)
     distance = torch.full((len(points),), torch.inf, device=points.device)
     for k in tqdm(range(1, size), "coreset", leave=False):
         to_previous = (flat - flat[chosen[k - 1]]).square().sum(1)
