@@ -63,9 +63,10 @@ test: $(READY)
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/mypy
-	$(PY) -m pytest -q -n $(JOBS) --dist loadfile
+	$(PY) -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder
 	rm -rf notebooks/runs
-	$(PY) -m pytest -q -n $(JOBS) --dist loadfile --nbval-lax --nbval-current-env notebooks
+	$(PY) -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder --nbval-lax --nbval-current-env \
+	  $$(ls -S notebooks/*.ipynb)  # large ones first, since they take longest
 
 robust: $(READY)
 	@$(PY) book/robust.py $(GIVEN)

@@ -4,6 +4,13 @@ import pytest
 
 from vitad.data.sets import toy
 
+SLOW = ("test_walkthroughs.py", "test_book.py", "test_sweep.py", "test_notebook.py", "test_runs.py", "test_pairing.py")
+
+
+def pytest_collection_modifyitems(items):
+    """The files that take longest come first, so that no worker is left alone with one of them."""
+    items.sort(key=lambda item: item.path.name not in SLOW)
+
 
 @pytest.fixture(scope="session")
 def toy_root(tmp_path_factory):

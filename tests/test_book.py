@@ -167,7 +167,7 @@ def test_a_failing_notebook_stops_the_build_and_the_others_are_kept(tree):
     assert (html / "index.html").exists()
     words = re.sub(r"<[^>]+>", " ", (html / "book" / "page.html").read_text()).split()
     assert "mt grouped m demo 8 2 0.625 ± 0.177 – – –" in " ".join(words)
-    assert "m demo 8 0.625 0.875 0.250" in " ".join(words), "the gain from grouped to differnet"
+    assert "m demo 8 image AUROC 0.625 0.875 0.250" in " ".join(words), "the gain from grouped to differnet"
     pages = list(html.rglob("*.html"))
     assert len(pages) > 4
     assert (html / "notebooks" / "one.html").read_text().count("9step/s") == 1, "the source; progress bars stay out"
