@@ -33,7 +33,10 @@ class Watched:
     """An image set that notes which indices are requested."""
 
     def __init__(self, images):
-        self.images, self.categories, self.requested = images, images.categories, []
+        self.images, self.requested = images, []
+
+    def __getattr__(self, name):
+        return getattr(self.images, name)
 
     def __len__(self):
         return len(self.images)

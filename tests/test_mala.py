@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from vitad import data, runs, training
 from vitad.backbones import normalise, vit
+from vitad.data.synthesis import foreground_mask
 from vitad.errors import UserError
 from vitad.methods import mala
 from vitad.methods.mala import TokenBalance, draw, focal, load_mae, n_visible, plpm, sincos, unpatchify
@@ -370,18 +371,29 @@ def test_channel_0_is_the_anomaly(gears):
         torch.testing.assert_close(model.anomaly_map(images), low)
 
 
-def test_four_fifths_of_the_images_are_damaged_anew_in_every_step(gears):
-    model = make().train()
-    model.prepare(gears.train, CPU)
-    batch = gears.train.batch(range(12))
-    batches = [model.damaged(batch) for _ in range(40)]
-    for damaged in batches[:5]:
-        differs = (damaged["image"] != batch["image"]).any(1, keepdim=True)
-        assert torch.equal(differs, damaged["mask"])
-    masks = torch.stack([d["mask"] for d in batches])
-    share = masks.flatten(2).any(2).float().mean().item()
-    assert 0.55 < share <= 0.85  # less than 0.8: some noise stays below its threshold, or off the foreground
-    assert len({m.numpy().tobytes() for m in masks[:, 0] if m.any()}) > 20
+def test_of_each_category_exactly_64_of_80_images_are_damaged_others_in_every_epoch(toy_root, monkeypatch):
+    images = data.load("toy", toy_root, "all", image_size=64).train  # 12 of each category
+    model = make(stage2_images=10, stage1=False, epochs=3, batch_size=8)
+    model.prepare(images, CPU)
+    damaged, masks = [], []
+    original = model.damaged
+
+    def watched(batch):
+        result = original(batch)
+        differs = (result["image"] != batch["image"]).any(1, keepdim=True)
+        assert torch.equal(differs, result["mask"])
+        damaged.extend(batch["index"][result["label"] == 1].tolist())
+        masks.extend(m.numpy().tobytes() for m in result["mask"][result["label"] == 1])
+        return result
+
+    monkeypatch.setattr(model, "damaged", watched)
+    train(model, images, 0, CPU, amp=False)
+    assert round(0.8 * 80) == 64 and len(damaged) == 3 * 24  # three epochs, 8 of the 10 of each category
+    epochs = [damaged[:24], damaged[24:48], damaged[48:]]
+    for epoch in epochs:
+        assert Counter(images.categories[epoch].tolist()) == {f"toy/{c}": 8 for c in ("weave", "grain", "gear")}
+    assert len({tuple(sorted(epoch)) for epoch in epochs}) == 3
+    assert len(set(masks)) == len(masks)
 
 
 def test_local_damage_keeps_to_the_foreground_which_is_found_once(gears, monkeypatch):
@@ -389,13 +401,35 @@ def test_local_damage_keeps_to_the_foreground_which_is_found_once(gears, monkeyp
     model.prepare(gears.train, CPU)
     assert model.foreground.shape == (7, 1, 64, 64)
     monkeypatch.setattr("vitad.data.synthesis.foreground_mask", None)  # not asked again
+    monkeypatch.setattr("vitad.data.synthesis.foreground.foreground_mask", None)
     chosen = model.chosen[2]
     batch = gears.train.batch(chosen[[4, 0, 6]])
     expected = model.foreground[[4, 0, 6]]
-    torch.testing.assert_close(expected, mala.foreground_mask(batch["image"]))
+    torch.testing.assert_close(expected, foreground_mask(batch["image"]))
     masks = torch.stack([model.damaged(batch)["mask"] for _ in range(10)])
     assert masks.any() and not (masks & ~expected).any()
     assert make(mode="global").prepare(gears.train, CPU) is None and make(mode="global").foreground is None
+
+
+def test_a_material_that_fills_the_picture_has_no_background(toy_root):
+    images = data.load("toy", toy_root, "all", image_size=64).train
+    model = make(mode="local")
+    model.prepare(images, CPU)
+    everywhere = model.foreground.flatten(1).all(1).numpy()
+    of_category = images.categories[model.chosen[2]]
+    assert everywhere[of_category != "toy/gear"].all() and not everywhere[of_category == "toy/gear"].any()
+
+
+def test_biases_and_norms_do_not_decay(gears):
+    """With a rate of 0 for the gradients and a large decay, what has one dimension stays and all else shrinks."""
+    model = make(lr=1e-2, weight_decay=10.0, stage1=False, stage2_images=8, batch_size=8, epochs=1, beta=(0.0, 0.0))
+    model.prepare(gears.train, CPU)
+    before = state(model)
+    train(model, gears.train, 0, CPU, amp=False)
+    for name, p in [*model.decoder.named_parameters(), *model.tbm.named_parameters()]:
+        full = next(key for key in before if key.endswith(name) and before[key].shape == p.shape)
+        changed = not torch.equal(model.state_dict()[full], before[full])
+        assert changed == (p.ndim > 1 and p.grad is not None), full
 
 
 def test_stage_2_builds_no_graph_through_the_encoder(gears):

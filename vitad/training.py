@@ -46,6 +46,7 @@ class Phase:
     optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.Adam
     betas: tuple[float, ...] = (0.9, 0.999)
     weight_decay: float = 0.0
+    decay_vectors: bool = True  # off: biases and norms, all that has one dimension, do not decay
     clip: float | None = None  # largest norm of the gradient
     schedule: Callable[[float], float] | None = field(default=None, repr=False)  # share done, 0 to 1 -> factor on lr
     val_fraction: float = 0.0  # share of the normal training images that is held out
@@ -140,7 +141,7 @@ def train(
     phases = model.phases()
     for number in range(progress.phase, len(phases)):
         phase = phases[number]
-        optimizer = phase.optimizer(phase.parameters, lr=phase.lr, betas=phase.betas, weight_decay=phase.weight_decay)
+        optimizer = _optimizer(phase)
         if saved:
             _restore(saved, progress, model, optimizer, device)
             saved = None
@@ -224,6 +225,16 @@ class _Saver:
                 raise OSError(f"torch could not save it, as on a full disk ({e})") from e
         self.last = time.monotonic()
         self.took = self.last - began
+
+
+def _optimizer(phase: Phase) -> torch.optim.Optimizer:
+    parameters: list[Any] = phase.parameters
+    if not phase.decay_vectors:
+        parameters = [
+            {"params": [p for p in phase.parameters if p.ndim > 1]},
+            {"params": [p for p in phase.parameters if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+    return phase.optimizer(parameters, lr=phase.lr, betas=phase.betas, weight_decay=phase.weight_decay)
 
 
 def _restore(

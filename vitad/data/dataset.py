@@ -64,6 +64,9 @@ class Dataset:
         Taken where none is requested; None: the user has to choose, or there are none.
     spellings : dict
         Names of categories in papers (lower case, without blanks and hyphens) where the folder is called otherwise.
+    textures : set of str
+        Categories whose images are filled by a material, without an object on a background; None stands for the data
+        set where it has no categories.
     variable : str or None
         Environment variable that names the folder.
     """
@@ -77,6 +80,7 @@ class Dataset:
     split_by: str = "its folders"
     default_category: str | None = None
     spellings: Mapping[str, str] = {}
+    textures: frozenset[str | None] = frozenset()
     variable: str | None = None
 
     def records(self, root: Path, category: str | None = None, split: str | None = None) -> Records:
@@ -147,7 +151,7 @@ class Dataset:
         for one in self.categories(root) if category == ALL else [category]:
             label = f"{self.name}/{one}" if one else self.name
             for records, more in zip((train, test), self.records(root, one, split), strict=True):
-                records += [replace(r, category=label) for r in more]
+                records += [replace(r, category=label, texture=one in self.textures) for r in more]
         return train, test
 
     def where_to_get(self, root: str | Path | None = None) -> str | None:

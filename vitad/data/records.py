@@ -26,6 +26,7 @@ class Record:
     defect: str  # "good" or the kind of defect
     mask: Path | None = None  # None: no anomalous pixel (normal images), or no mask known
     category: str = ""  # dataset/category, from `vitad.data.find`
+    texture: bool = False  # the material fills the picture: there is no object on a background
     group: str = ""  # the item that was photographed; "": the image is the only one of its item
 
 

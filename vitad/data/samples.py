@@ -59,9 +59,9 @@ class ImageSet(torch.utils.data.Dataset):
 
     Attributes
     ----------
-    labels, defects, paths, categories, groups : ndarray (N,)
+    labels, defects, paths, categories, groups, textures : ndarray (N,)
         Of each image. A category is written dataset/category. Images of one item are of one group; the group is the
-        path where an image is the only one of its item.
+        path where an image is the only one of its item. `textures` (bool) says where a material fills the picture.
     has_masks : bool
         False where no anomalous image has a mask file.
     skipped : list of str
@@ -87,6 +87,7 @@ class ImageSet(torch.utils.data.Dataset):
         self.categories = np.array([r.category for r in self.records], dtype=str)
         self.paths = np.array([self._relative(r) for r in self.records], dtype=str)
         self.groups = np.array([r.group or self._relative(r) for r in self.records], dtype=str)
+        self.textures = np.array([r.texture for r in self.records], dtype=bool)
         self.has_masks = any(r.mask for r in self.records)
 
     def __len__(self) -> int:
@@ -108,8 +109,8 @@ class ImageSet(torch.utils.data.Dataset):
         Returns
         -------
         dict
-            `image (B,3,H,W) float32`, `mask (B,1,H,W) bool`, `label (B,)`, and `index (B,)`, which stays on the CPU:
-            the indices themselves, for methods that keep something for each image.
+            `image (B,3,H,W) float32`, `mask (B,1,H,W) bool`, `label (B,)`. On the CPU stay `index (B,)`, the indices
+            themselves, for methods that keep something for each image, and `texture (B,) bool`, see `textures`.
         """
         chosen = np.asarray(indices)
         image = torch.from_numpy(self._images[chosen]).to(device, non_blocking=True)
@@ -118,6 +119,7 @@ class ImageSet(torch.utils.data.Dataset):
             "mask": torch.from_numpy(self._masks[chosen]).to(device, non_blocking=True)[:, None],
             "label": torch.from_numpy(self.labels[chosen]).to(device, non_blocking=True),
             "index": torch.from_numpy(chosen),
+            "texture": torch.from_numpy(self.textures[chosen]),
         }
 
     @property

@@ -10,7 +10,6 @@ VARIANTS   {name: {field: value}}, the rows of the paper's ablation; {"full": {}
 Model      a `vitad.methods.base.Method`, made by `Model(settings, weights="auto")`
 """
 
-from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
@@ -40,7 +39,7 @@ class MethodModule(Protocol):
     Settings: type[Any]
     PRESETS: dict[str, dict[str, Any]]
     VARIANTS: dict[str, dict[str, Any]]
-    Model: "Callable[..., Method]"  # (settings, weights="auto")
+    Model: type[Any]  # a subclass of Method: (settings, weights="auto")
 
 
 def get(name: str) -> MethodModule:

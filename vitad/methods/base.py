@@ -17,6 +17,7 @@ class Method(nn.Module, ABC):
     settings: Any  # the frozen dataclass `Settings` of the method's module
     weights: dict[str, str]  # where the weights came from, for the run record: `source`, and `sha256` of a file
     protocol: dict[str, str]  # for the run record: normalisation, smoothing, image_score, checkpoint
+    revision = 1  # goes up by one where the same settings train otherwise than before; older records then stop counting
 
     def __init__(self) -> None:
         super().__init__()

@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from vitad.backbones import DINOV2_S14, IMAGENET_MEAN, IMAGENET_STD, import_timm, vit
 from vitad.blocks import ssim_map
 from vitad.data.samples import ImageSet
-from vitad.data.synthesis import Synthesis, foreground_mask
+from vitad.data.synthesis import Synthesis, foregrounds, textures_used
 from vitad.errors import UserError
 from vitad.files import read_safetensors, sha256
 from vitad.methods.base import Method
@@ -70,15 +70,16 @@ class Settings:
     epochs: int = 700  # sec. IV-C
     batch_size: int = 32  # sec. IV-C
     lr: float = 1e-4  # ours: sec. IV-C has a fixed one
-    damage: float = 0.8  # sec. IV-C: 64 of 80
+    damage: float = 0.8  # sec. IV-C: 64 of the 80 of each category, others in every epoch
     mode: Literal["global", "local", "both"] = "both"  # sec. III-B; ours: an even chance
-    textures: str = "procedural"  # sec. IV-C: DTD, whose folder can be given here
+    foreground: str = "otsu"  # ours: how the object is found; or a folder of masks, see `synthesis.foregrounds`
+    textures: str = "procedural"  # ours where no folder is given; sec. IV-C: DTD, whose folder can be given here
     keep_grey: bool = False  # ours: paint no colour on grey images
     beta: tuple[float, ...] = (0.6, 0.4)  # ours: Eq. 6, L1 and focal; MemSeg's code
     gamma: float = 4.0  # ours: of the focal loss; MemSeg's code
     # both stages
     betas: tuple[float, ...] = (0.9, 0.95)  # sec. IV-C, AdamW; ours: also in stage 2
-    weight_decay: float = 0.05  # sec. IV-C
+    weight_decay: float = 0.05  # sec. IV-C; biases and norms do not decay, as in MAE's code
     # score
     recon_passes: Literal["complementary", "unmasked"] = "complementary"  # ours: with pipeline=recon
     window: int = 21  # ours: the k of Eq. 7, px; DRAEM's code
@@ -169,6 +170,7 @@ class Model(Method):
     `load_mae`; without `pretrained` it is not used.
     """
 
+    revision = 2  # biases and norms do not decay, the number of damaged images is exact, textures have no background
     settings: Settings
     mean: Tensor
     std: Tensor
@@ -214,6 +216,8 @@ class Model(Method):
         self.chosen: dict[int, Any] = {1: None, 2: None}  # indices of the images of each stage; None: all
         self.drawn_anew: Callable[[np.random.Generator], ndarray] | None = None  # draws those of an epoch of stage 1
         self.foreground: Tensor | None = None  # (n,1,S,S), of the images of stage 2
+        self.categories = np.empty(0, str)  # of the training images
+        self.to_damage: ndarray | None = None  # indices of the images that get damage in this epoch of stage 2
         self.protocol = {
             "normalisation": "imagenet",
             "smoothing": "none",
@@ -308,11 +312,24 @@ class Model(Method):
 
     def damaged(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """The images of a batch, of which some are damaged, and their masks, as `Synthesis` gives them."""
-        images, foreground = batch["image"], None
+        images, foreground, which = batch["image"], None, None
         if self.training and self.foreground is not None:
             row = np.searchsorted(self.chosen[2], batch["index"].numpy())
             foreground = self.foreground[row].to(images.device, non_blocking=True)
-        return self.synthesis(images, next_seed(), 0, foreground)  # other damage at every call
+        if self.training and self.to_damage is not None:
+            which = np.isin(batch["index"].numpy(), self.to_damage)
+        return self.synthesis(images, next_seed(), 0, foreground, which)  # other damage at every call
+
+    def stage2_epoch(self, random: np.random.Generator) -> ndarray:
+        """The images of stage 2. Of each category the share `damage` is drawn that gets damage in this epoch."""
+        chosen = self.chosen[2]
+        of_category = self.categories[chosen]
+        drawn = []
+        for category in np.unique(of_category):
+            members = chosen[of_category == category]
+            drawn.append(random.choice(members, round(self.settings.damage * len(members)), replace=False))
+        self.to_damage = np.concatenate(drawn)
+        return chosen
 
     # --- training ---
 
@@ -323,10 +340,13 @@ class Model(Method):
         for stage, most in {1: s.stage1_images, 2: s.stage2_images}.items():
             random = np.random.default_rng(seed_of(self.seed, "images", stage))
             self.chosen[stage] = draw(images.categories, most, random)
+        self.categories = images.categories
         if s.resample_each_epoch:
             self.drawn_anew = lambda random: draw(images.categories, s.stage1_images, random)
         if s.pipeline == "e2e" and s.mode != "global":
-            self.foreground = torch.cat([foreground_mask(images.batch([i])["image"]) for i in self.chosen[2]])
+            self.foreground = foregrounds(images, self.chosen[2], s.foreground)
+        if s.pipeline == "e2e":
+            self.protocol["textures"] = textures_used(s.textures, images.size)
 
     def losses(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """The losses of the last stage. In training each phase has its own."""
@@ -337,7 +357,7 @@ class Model(Method):
     def phases(self) -> list[Phase]:
         """Stage 1, stage 2 or both."""
         s = self.settings
-        adamw: dict[str, Any] = dict(optimizer=torch.optim.AdamW, betas=s.betas, weight_decay=s.weight_decay)
+        adamw: dict[str, Any] = dict(optimizer=torch.optim.AdamW, betas=s.betas, weight_decay=s.weight_decay, decay_vectors=False)
         parts = [self.encoder, self.decoder, self.plpm] if self.plpm else [self.encoder, self.decoder]
         stage1 = Phase(
             "stage1",
@@ -361,6 +381,7 @@ class Model(Method):
             s.lr,
             losses=self.stage2_losses,
             indices=self.chosen[2],
+            draw=self.stage2_epoch if self.chosen[2] is not None else None,
             **adamw,
         )
         return [stage1, stage2] if s.stage1 else [stage2]

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
+from numpy import ndarray
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -28,7 +29,7 @@ from tqdm import tqdm
 from vitad.backbones import DINOV2_S14, import_timm, intermediate, normalise, vit
 from vitad.blocks import gaussian_blur, top_mean
 from vitad.data.samples import ImageSet
-from vitad.data.synthesis import Synthesis
+from vitad.data.synthesis import Synthesis, foreground_mask, textures_used
 from vitad.errors import UserError
 from vitad.methods.base import Method
 from vitad.randomness import generator, next_seed, seed_of, seeded
@@ -255,12 +256,15 @@ class Model(Method):
             batch = images.batch(range(i, min(i + s.batch_size, n)), device)["image"]
             part = slice(i, i + len(batch))
             self.clean[part] = self._raw_tokens(batch)
+            foreground = self._foreground(batch, images.textures[part])
             for version in range(s.pool):
-                damaged = self.synthesis(batch, seed_of(self.seed, "pool", version), i)
+                damaged = self.synthesis(batch, seed_of(self.seed, "pool", version), i, foreground)
                 self.pool["tokens"][version, part] = self._raw_tokens(damaged["image"])
                 self.pool["mask"][version, part] = damaged["mask"][:, 0]
         if s.standardise:
             self._measure(self.clean)
+        if s.damage:
+            self.protocol["textures"] = textures_used(s.textures, images.size)
 
     def _steps(self, images: ImageSet) -> int:
         """Steps of an epoch."""
@@ -296,10 +300,17 @@ class Model(Method):
             t_a[chosen] = self._standard(tokens.float())
             M[chosen] = self.pool["mask"][version, index[chosen]].to(x.device)
         elif len(chosen):
-            damaged = self.synthesis(x[chosen], seed_of(seed, "damage"), 0)
+            foreground = self._foreground(x[chosen], batch["texture"].numpy()[chosen])
+            damaged = self.synthesis(x[chosen], seed_of(seed, "damage"), 0, foreground)
             t_a[chosen] = self.tokens(damaged["image"])
             M[chosen] = damaged["mask"][:, 0]
         return t, t_a, M
+
+    def _foreground(self, images: Tensor, textures: ndarray) -> Tensor | None:
+        """Where damage may lie (B,1,S,S), for images of which some are filled by a material; None: everywhere."""
+        if self.settings.mode == "global":
+            return None
+        return foreground_mask(images) | torch.from_numpy(textures).to(images.device)[:, None, None, None]
 
     # --- losses ---
 

@@ -54,6 +54,7 @@ class Settings:
     decoder: Literal["anovit", "exact"] = "anovit"  # ours: sec. 3.4 gives six layers, not their strides
     decoder_norm: Literal["batch", "instance"] = "batch"  # sec. 3.4: "normalizes small batches"
     # losses
+    l2: Literal["mean", "sum"] = "mean"  # ours: over the channels; Eq. 11 sums them, its text says "mean squared error"
     lambda_recon: float = 1.0  # sec. 4.2
     lambda_ssim: float = 1.0  # ours: the lambda of Eq. 13 is not given
     lambda_ent: float = 1e-3  # sec. 4.2
@@ -73,6 +74,9 @@ class Settings:
 
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
+    # Sec. 3.4 read to the letter: six layers that lead to the image without a resize, each with norm and ReLU but the
+    # last. Whole strides cannot let all six grow, from 24 to 384: the last two keep the size.
+    "sec34": {"decoder": "exact"},
     # For two cores: a narrower encoder of half the depth, a third of the resolution, a tenth of the epochs.
     "small": {
         "encoder": "vit_tiny_patch16_224",
@@ -183,7 +187,8 @@ class Model(Method):
         s = self.settings
         x, x_hat, w_hat = self.reconstruct(images)
         data_range = 2.0 if s.input_range == "minus1_1" else 1.0
-        l2 = (x - x_hat).square().mean(1)  # Eq. 11, also divided by the number of channels
+        squared = (x - x_hat).square()
+        l2 = squared.mean(1) if s.l2 == "mean" else squared.sum(1)  # Eq. 11
         ssim = 1 - ssim_map(x, x_hat, data_range)[:, 0]  # Eq. 12 with its missing brackets
         maps = {"l2": s.lambda_recon * l2, "ssim": s.lambda_recon * s.lambda_ssim * ssim}  # Eq. 13, 15
         if w_hat is not None:

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from vitad import data, methods
+from vitad import data
+from vitad.data.synthesis.textures import DTD
 from vitad.evidence import NOT_COMPARABLE, against_printed
 from vitad.papers import printed
 from vitad.papers.estimates import n_images
@@ -170,9 +171,8 @@ def _not_comparable(table: Reproduction, pairs: list[tuple[Request, Record]]) ->
     if method in IN_THE_MANNER_OF:
         return "in the manner of"
     faithful = all(request.preset in FAITHFUL.get(method, ()) for request, _ in pairs)
-    defaults = vars(methods.get(method).Settings())
-    lacking = [name for name in table.table.needs if pairs[0][0].settings[name] == defaults[name]]
-    if not faithful or overrides - PATHS or lacking:
+    with_dtd = all(record["protocol"].get("textures", "").startswith(DTD) for _, record in pairs)
+    if not faithful or overrides - PATHS or (table.table.dtd and not with_dtd):
         return "other settings"
     return None if all(_as_pretrained(record) for _, record in pairs) else "other weights"
 

@@ -22,7 +22,7 @@ from vitad.methods.base import Method
 from vitad.resampling import Resamples, draw, fingerprint, image_auroc
 from vitad.runs.machine import find_device
 from vitad.runs.record import Record, read_record
-from vitad.runs.request import Request, hash_of, settings_of
+from vitad.runs.request import IDENTITY, Request, hash_of, settings_of
 from vitad.settings import resolve
 
 UNFINISHED = ".run"  # folder within: the request and the training state of a run that is not finished
@@ -65,7 +65,7 @@ def claim(folder: Path, request: Request, data: Found) -> Record | None:
 
 def describe(request: Request, data: Found) -> dict[str, Any]:
     """What `request.json` keeps of an unfinished run, and what a record keeps beside its results."""
-    names = ("method", "dataset", "split", "preset", "seed", "settings")
+    names = ("method", "revision", "dataset", "split", "preset", "seed", "settings")
     return {
         **{name: getattr(request, name) for name in names},
         "category": data.category,  # none where all are asked for and there are none
@@ -95,9 +95,11 @@ def _first_difference(previous: Mapping[str, Any], request: Request) -> tuple[st
 
     def flat(described: Mapping[str, Any]) -> dict[str, Any]:
         names = ("seed", "preset", "category", "method", "dataset", "split")
-        return {n: described[n] for n in names} | settings_of(described) | {"weights": described["weights"]["asked"]}
+        weights, revision = described["weights"]["asked"], described.get("revision", 1)
+        settings = settings_of(described)
+        return {n: described[n] for n in names} | settings | {"revision": revision, "weights": weights}
 
-    described = {**vars(request), "settings": request.settings, "weights": {"asked": request.weights}}
+    described = {name: getattr(request, name) for name in (*IDENTITY, "preset")} | {"weights": {"asked": request.weights}}
     theirs, ours = flat(previous), flat(described)
     key = next((name for name in ours if theirs.get(name) != ours[name]), "weights")
     return key, theirs.get(key), ours[key]

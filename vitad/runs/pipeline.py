@@ -258,7 +258,7 @@ def _describe(request: Request, found: Found, model: Method, images: Split) -> R
     return {
         "method": request.method,
         "paper": methods.get(request.method).PAPER,
-        **{name: described[name] for name in ("dataset", "category", "split", "preset", "seed", "settings")},
+        **{name: described[name] for name in ("revision", "dataset", "category", "split", "preset", "seed", "settings")},
         "overrides": dict(request.overrides),
         "protocol": {
             "image_size": list(images.test.size),

@@ -17,7 +17,8 @@ from vitad.files import sha256_once
 from vitad.settings import as_json, parse_overrides, resolve
 
 AUTO = "auto"  # weights that a method finds by itself
-IDENTITY = ("method", "dataset", "category", "split", "seed", "settings", "weights")  # what the hash covers
+# What the hash covers. Records of before there were revisions have the first.
+IDENTITY = ("method", "dataset", "category", "split", "seed", "settings", "weights", "revision")
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,6 +117,11 @@ class Request:
         module = methods.get(self.method)
         return as_json(resolve(module.Settings, module.PRESETS, self.preset, overrides))
 
+    @property
+    def revision(self) -> int:
+        """That of the method: settings mean the same thing within one revision."""
+        return methods.get(self.method).Model.revision
+
     @cached_property
     def identity(self) -> dict[str, Any]:
         """What makes two runs the same."""
@@ -182,6 +188,8 @@ def identity(described: Mapping[str, Any]) -> dict[str, Any]:
     found = {name: described[name] for name in ("method", "dataset", "split", "seed")}
     found["category"] = described["category"] if described["category"] != data.ALL else None
     found["settings"] = settings_of(described)
+    if described.get("revision", 1) > 1:
+        found["revision"] = described["revision"]
     weights = described["weights"]
     if weights["asked"] != AUTO:
         found["weights"] = weights.get("sha256") or weights_identity(weights["asked"])

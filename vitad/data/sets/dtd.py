@@ -3,6 +3,8 @@
 images/<class>/<class>_NNNN.jpg, of many sizes. The published splits are not used.
 """
 
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 from vitad.data.dataset import Dataset, Records, Scan, Source
@@ -42,3 +44,11 @@ class DTD(Dataset):
 
 
 DATASET = DTD()
+
+
+def is_dtd(files: Iterable[Path]) -> bool:
+    """Whether files are DTD's images: 120 of each class, in a folder of its name, and named after it."""
+    files = list(files)
+    by_class = Counter(p.parent.name for p in files)
+    named = all(p.name.startswith(f"{p.parent.name}_") for p in files)
+    return named and by_class == {name: 120 for name in CLASSES.split()}

@@ -26,6 +26,7 @@ class KSDD2(Dataset):
     """Its one category is called as the data set is."""
 
     name = "ksdd2"
+    textures = frozenset({None})
     title = "KolektorSDD2"
     source = Source(
         page="https://www.vicos.si/resources/kolektorsdd2/",

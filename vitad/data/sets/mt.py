@@ -36,6 +36,7 @@ class MagneticTiles(Dataset):
     """Has no categories; the part of `published` and of `scan` is `all`, since no split is published."""
 
     name = "mt"
+    textures = frozenset({None})
     title = "Magnetic Tile defects"
     source = Source(
         page="https://github.com/abin24/Magnetic-tile-defect-datasets.",  # the dot belongs to the name

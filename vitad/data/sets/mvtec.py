@@ -28,6 +28,7 @@ class MVTec(MVTecLayout):
         "Anomaly Detection. CVPR 2019",
     )
     known = {"empty masks": 0}
+    textures = frozenset({"carpet", "grid", "leather", "tile", "wood"})
     published = {
         "bottle": _counts(209, 20, broken_large=20, broken_small=22, contamination=21),
         "cable": _counts(

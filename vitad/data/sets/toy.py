@@ -46,6 +46,7 @@ class Toy(MVTecLayout):
     title = "the embedded data set, generated"
     known = {"duplicate images": 0}
     default_category = "gear"
+    textures = frozenset({"weave", "grain"})
 
     def categories(self, root: Path | None = None) -> list[str | None]:
         """Those that are generated; `quirks` is not one of them."""

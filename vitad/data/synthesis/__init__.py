@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 from vitad.data.synthesis.draem import perlin, turned
-from vitad.data.synthesis.foreground import foreground_mask
+from vitad.data.synthesis.foreground import foreground_mask, foregrounds
 from vitad.data.synthesis.noise import perlin_noise
 from vitad.data.synthesis.pixels import Paint, Pixels, keep, look_up, pick, pixels_above, places, to_device
 from vitad.data.synthesis.recolouring import Recolouring, shift_hue
 from vitad.data.synthesis.surface import crack, fray, paste, patch, pit
-from vitad.data.synthesis.textures import TextureBank, procedural_textures, texture_bank
+from vitad.data.synthesis.textures import TextureBank, procedural_textures, texture_bank, textures_used
 from vitad.errors import UserError, unknown
 
 __all__ = [
@@ -33,15 +33,18 @@ __all__ = [
     "Synthesis",
     "TextureBank",
     "foreground_mask",
+    "foregrounds",
     "perlin",
     "perlin_noise",
     "pixels_above",
     "procedural_textures",
     "shift_hue",
     "texture_bank",
+    "textures_used",
     "turned",
 ]
 
+TRIES = 10  # for an image that has to be damaged; about one draw in ten leaves no pixel
 LOCAL_SHARE = {"global": 0.0, "local": 1.0, "both": 0.5}  # of the images, damage that keeps to the foreground
 
 
@@ -86,7 +89,14 @@ class Synthesis:
             raise UserError(f"scales={self.scales} of the Perlin noise: give whole numbers from 0 to 8.")
 
     @torch.no_grad()
-    def __call__(self, images: Tensor, seed: int, step: int, foreground: Tensor | None = None) -> dict[str, Tensor]:
+    def __call__(
+        self,
+        images: Tensor,
+        seed: int,
+        step: int,
+        foreground: Tensor | None = None,
+        which: np.ndarray | None = None,
+    ) -> dict[str, Tensor]:
         """Damage a batch.
 
         Parameters
@@ -97,6 +107,8 @@ class Synthesis:
             The same two give the same damage; any other step gives other damage.
         foreground : Tensor (B,1,H,W) bool, optional
             For the modes `local` and `both`: what `foreground_mask(images)` gives, which is computed here if missing.
+        which : array (B,) bool, optional
+            The images that are damaged, instead of each with `probability`. Damage that covers no pixel is drawn again.
 
         Returns
         -------
@@ -105,20 +117,41 @@ class Synthesis:
             1 where there is any.
         """
         B, _, H, W = images.shape
-        device = images.device
         rng = np.random.default_rng([seed, step])
+        result = {
+            "image": images.clone(memory_format=torch.contiguous_format),
+            "mask": torch.zeros(B, 1, H, W, dtype=torch.bool, device=images.device),
+            "label": torch.zeros(B, dtype=torch.long, device=images.device),
+        }
+        if foreground is None and self.mode != "global":
+            foreground = foreground_mask(images)
+        if which is None:
+            self._damage(result, rng, foreground, None)
+            return result
+        for _ in range(TRIES):
+            missing = which & (result["label"] == 0).cpu().numpy()
+            if not missing.any():
+                break
+            self._damage(result, rng, foreground, missing)
+        return result
+
+    def _damage(
+        self,
+        result: dict[str, Tensor],
+        rng: np.random.Generator,
+        foreground: Tensor | None,
+        which: np.ndarray | None,
+    ) -> None:
+        """Draw damage for the images `which`, or for each with `probability`, and paint it into `result`."""
+        damaged, mask, label = result["image"], result["mask"], result["label"]
+        B, device = len(damaged), damaged.device
         kind_of = rng.integers(len(self.kinds), size=B)
-        kind_of[rng.random(B) >= self.probability] = -1  # not damaged
+        drawn = rng.random(B) < self.probability
+        kind_of[~(drawn if which is None else which)] = -1  # not damaged
         local = rng.random(B) < LOCAL_SHARE[self.mode]
         allowed = None  # (B,H,W); None: everywhere
-        if local.any():
-            if foreground is None:
-                foreground = foreground_mask(images)
+        if local.any() and foreground is not None:
             allowed = foreground[:, 0] | ~to_device(local, device, bool)[:, None, None]
-
-        damaged = images.clone(memory_format=torch.contiguous_format)
-        mask = torch.zeros(B, 1, H, W, dtype=torch.bool, device=device)
-        label = torch.zeros(B, dtype=torch.long, device=device)
         with torch.autocast(device.type, enabled=False):  # half precision would make steps in the noise
             for k in np.unique(kind_of[kind_of >= 0]):
                 rows = to_device(np.flatnonzero(kind_of == k), device, int)
@@ -136,7 +169,6 @@ class Synthesis:
                 differs = (after != before).any(0)
                 mask.view(-1).index_copy_(0, places(mask, row, y, x)[0], differs)
                 label.scatter_reduce_(0, row, differs.long(), "amax")
-        return {"image": damaged, "mask": mask, "label": label}
 
 
 Kind = Callable[[Synthesis, np.random.Generator, Tensor, Tensor, Tensor | None], tuple[Pixels, Paint]]

@@ -1,10 +1,24 @@
 """Where in an image the object is."""
 
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 import numpy as np
 import torch
+from PIL import Image
 from scipy.ndimage import gaussian_filter, maximum_filter, minimum_filter
 from scipy.ndimage import label as components
 from torch import Tensor
+
+from vitad.data.records import UNREADABLE, one_channel
+from vitad.errors import UserError
+
+if TYPE_CHECKING:
+    from vitad.data.samples import ImageSet
+
+OTSU = "otsu"
 
 
 def foreground_mask(images: Tensor) -> Tensor:
@@ -26,6 +40,43 @@ def foreground_mask(images: Tensor) -> Tensor:
     levels = (255 * images.float().mean(1)).round().byte().cpu().numpy()
     masks = np.stack([_foreground(level) for level in levels])
     return torch.from_numpy(masks).to(images.device)[:, None]
+
+
+def foregrounds(images: ImageSet, indices: np.ndarray, source: str = OTSU) -> Tensor:
+    """The foregrounds of images of a data set, (n,1,H,W) bool on the host.
+
+    Parameters
+    ----------
+    images, indices
+        The data set, and which of its images.
+    source
+        `otsu`: everything where a material fills the picture, elsewhere what `foreground_mask` finds. Or a folder of
+        masks, which are named like the images, with the suffix `.png`, and white where the object is.
+
+    Raises
+    ------
+    UserError
+        A mask is missing or cannot be read.
+    """
+    H, W = images.size
+    found = torch.ones(len(indices), 1, H, W, dtype=torch.bool)
+    for k, i in enumerate(indices):
+        if source != OTSU:
+            found[k, 0] = torch.from_numpy(_read(Path(source).expanduser() / str(images.paths[i]), (W, H)))
+        elif not images.textures[i]:
+            found[k] = foreground_mask(images.batch([i])["image"])[0]
+    return found
+
+
+def _read(image: Path, size: tuple[int, int]) -> np.ndarray:
+    path = image.with_suffix(".png")
+    if not path.is_file():
+        raise UserError(f"foreground {path} is missing. Put it there, or use foreground={OTSU}.")
+    try:
+        with Image.open(path) as mask:
+            return np.asarray(one_channel(mask).resize(size, Image.Resampling.NEAREST)) > 0
+    except UNREADABLE as e:
+        raise UserError(f"cannot read foreground {path}: {e}. Replace it, or use foreground={OTSU}.") from e
 
 
 def _foreground(level: np.ndarray) -> np.ndarray:

@@ -13,11 +13,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vitad.data.records import IMAGE_SUFFIXES, UNREADABLE
+from vitad.data.sets.dtd import is_dtd
 from vitad.data.synthesis.pixels import to_device
 from vitad.errors import UserError
 
 PROCEDURAL = 128  # number of textures that are computed where no folder is given
-TEXTURE_BYTES = 2**30  # limit of what decoded textures take on the device; of more files, an evenly spread part is kept
+TEXTURE_BYTES = 2**31  # limit of what decoded textures take on the device; of more files, an evenly spread part is kept
+DTD = "DTD"  # how `textures_used` begins where the folder holds it
 COARSE = 24  # side in px of the copy of a texture from which its histogram is taken
 
 
@@ -58,17 +60,43 @@ def texture_bank(source: str, size: tuple[int, int], device: torch.device) -> Te
     return TextureBank(images, smooth, coarse)
 
 
-def _decode(source: str, size: tuple[int, int]) -> Tensor:
-    """(N,3,H,W) uint8: the images below a folder."""
-    H, W = size
+def textures_used(source: str, size: tuple[int, int]) -> str:
+    """What a texture bank is made of, for the run record: DTD, which is known by the files in it, or another folder.
+
+    Examples
+    --------
+    >>> textures_used("procedural", (224, 224))
+    'procedural'
+    """
+    if source == "procedural":
+        return source
+    files = _files(source)
+    name = DTD if is_dtd(files) else "other images"
+    return f"{name}, {len(_used(files, size)):,} of {len(files):,} files"
+
+
+def _files(source: str) -> list[Path]:
+    """The images below a folder."""
     root = Path(source).expanduser()
     if not root.is_dir():
         raise UserError(f"texture folder {root} does not exist. Name a folder of images, or use textures=procedural.")
     files = sorted(p for p in root.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.name[0] != ".")
     if not files:
         raise UserError(f"texture folder {root} holds no images. Put some there, or use textures=procedural.")
+    return files
+
+
+def _used(files: list[Path], size: tuple[int, int]) -> list[Path]:
+    """As many of the files as `TEXTURE_BYTES` allow, evenly spread."""
+    H, W = size
     N = min(len(files), max(1, TEXTURE_BYTES // (6 * H * W)))  # 6: three channels, of the image and its smooth copy
-    files = [files[k * len(files) // N] for k in range(N)]
+    return [files[k * len(files) // N] for k in range(N)]
+
+
+def _decode(source: str, size: tuple[int, int]) -> Tensor:
+    """(N,3,H,W) uint8: the images below a folder."""
+    H, W = size
+    files = _used(_files(source), size)
 
     def decode(path: Path) -> np.ndarray:
         try:
@@ -78,7 +106,7 @@ def _decode(source: str, size: tuple[int, int]) -> Tensor:
         except UNREADABLE as e:
             raise UserError(f"cannot read texture {path}: {e}. Replace or remove it.") from e
 
-    images = np.empty((N, 3, H, W), np.uint8)
+    images = np.empty((len(files), 3, H, W), np.uint8)
     with ThreadPoolExecutor() as pool:
         for k, image in enumerate(pool.map(decode, files)):
             images[k] = image.transpose(2, 0, 1)
