@@ -1,5 +1,6 @@
 """The methods: what all of them offer, layers and numbers of AnoViT and the rivals, and that they find defects."""
 
+import math
 import re
 import subprocess
 import sys
@@ -269,6 +270,14 @@ def test_l2cae_takes_four_sizes(image_size):
     with torch.no_grad():
         x = torch.rand(1, 3, image_size, image_size)
         assert model.encoder(x).shape == (1, 16, 1, 1) and model.reconstruct(x).shape == x.shape
+
+
+def test_l2cae_can_be_trained_as_long_as_its_source():
+    """200 epochs over 10,000 crops in batches of 128, as steps over the 242 images of a category of MVTec AD."""
+    steps = 200 * math.ceil(10_000 / 128)
+    for preset, latent in (("textures", 100), ("objects", 500)):
+        s = resolve(l2cae.Settings, l2cae.PRESETS, preset)
+        assert s.latent == latent and s.epochs * math.ceil(242 / s.batch_size) == pytest.approx(steps, rel=0.05)
 
 
 def test_l2cae_refuses_other_sizes():

@@ -21,19 +21,21 @@ from vitad.papers.cells import COLUMNS, cells, printed_numbers
 from vitad.papers.estimates import duration, estimate, n_images, overview
 from vitad.papers.tables import TABLES, Reproduction, run_missing
 from vitad.runs import Request, by_hash, committed_seeds, hash_of
+from vitad.runs.request import IDENTITY
 
 MACHINE = {"device": "cuda", "device_name": "some GPU", "threads": 4}
 
 
-def record(request, image=0.9, seconds=100.0, **changed):
+def record(request, image=0.9, seconds=100.0, textures="DTD, 5,640 of 5,640 files", **changed):
     """What a run of a request would leave, with every figure `image` (or a dict by category)."""
     figures = {c: dict.fromkeys(("image_auroc", "pixel_auroc", "pixel_ap", "pro"), v) for c, v in _each(image).items()}
     means = {k: float(np.mean([f[k] for f in figures.values()])) for k in next(iter(figures.values()))}
     train, test = n_images(request) or (100, 50)
     settings = json.loads(json.dumps(request.settings))
     return {
-        **{k: getattr(request, k) for k in ("method", "dataset", "category", "split", "preset", "seed", "overrides")},
+        **{k: getattr(request, k) for k in (*IDENTITY, "preset", "overrides")},
         "settings": settings,
+        "protocol": {"textures": textures},
         "weights": {"asked": request.weights, "source": "file" if settings.get("pretrained") else "random"},
         "metrics": means,
         **({"metrics_by_category": figures} if isinstance(image, dict) else {}),
@@ -319,6 +321,10 @@ def test_settings_for_the_whole_table(given, why):
     frame = cells(Reproduction("mala2023-3", **options), found)
     assert reason(frame, "average", "Ours", "pixel_auroc") == why
     assert cells(Reproduction("mala2023-3", weights="mae.pth"), found)["reproduced"].isna().all()
+    for r in found.values():  # a folder of that name with other images in it
+        r["protocol"]["textures"] = "other images, 12 of 12 files"
+    frame = cells(Reproduction("mala2023-3", **options), found)
+    assert reason(frame, "average", "Ours", "pixel_auroc") == "other settings"
     assert Reproduction("mala2023-3", **options).stem != Reproduction("mala2023-3", weights="mae.pth").stem
 
 

@@ -8,6 +8,7 @@ import pytest
 import vitad
 from vitad import evidence, runs
 from vitad.errors import UserError
+from vitad.methods.rivals import patchknn
 from vitad.metrics import METRICS
 from vitad.papers.cells import cells
 from vitad.papers.tables import TABLES, Reproduction
@@ -103,6 +104,21 @@ def test_a_record_of_an_older_version_still_claims_its_folder(toy_root, tmp_path
     (tmp_path / "run" / "record.json").write_text(json.dumps(older))
     with pytest.raises(UserError, match="holds another run: data is"):
         vitad.run(request, tmp_path / "run")
+
+
+def test_a_method_that_trains_otherwise_is_another_run(toy_root, tmp_path, monkeypatch):
+    """Records of the revision before do not count, and their folder is not taken."""
+    request = Request("patchknn", preset="smoke", data_root=toy_root, device="cpu")
+    record = vitad.run(request, tmp_path / "run")
+    assert record["revision"] == 1 and hash_of(record) == request.hash
+    older = {k: v for k, v in record.items() if k != "revision"}  # as before there were revisions
+    assert hash_of(older) == request.hash
+    monkeypatch.setattr(patchknn.Model, "revision", 2)
+    after = Request("patchknn", preset="smoke", data_root=toy_root, device="cpu")
+    assert hash_of(record) == hash_of(older) != after.hash
+    with pytest.raises(UserError, match="holds another run: revision is 1 there and 2 here"):
+        vitad.run(after, tmp_path / "run")
+    assert hash_of(vitad.run(after, tmp_path / "again")) == after.hash
 
 
 def test_a_changed_byte_is_other_data(toy_root, tmp_path):

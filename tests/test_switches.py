@@ -4,16 +4,19 @@ A test says with `covers` which settings it is about; the last test here finds t
 """
 
 from dataclasses import fields
+from pathlib import Path
 
 import helpers
 import numpy as np
 import pytest
 import torch
 from helpers import CPU, layers
+from PIL import Image
 from scipy.ndimage import gaussian_filter
 from torch import nn
 
-from vitad import methods
+from vitad import data, methods
+from vitad.errors import UserError
 
 pytest_plugins = ["methods_fixtures"]
 COVERED = set()  # (method, setting)
@@ -119,6 +122,25 @@ def test_settings_of_the_optimiser_reach_both_stages_of_mala(method, name, value
 def test_settings_of_damage_reach_the_synthesis(method, name, value, attribute):
     usual, other = changed(method, name, value)
     assert getattr(other.synthesis, attribute) == value != getattr(usual.synthesis, attribute)
+
+
+@covers("mala", "foreground")
+def test_the_foreground_can_be_given_as_masks(toy_root, tmp_path):
+    images = data.load("toy", toy_root, "gear", image_size=64).train
+    _, other = changed("mala", "foreground", str(tmp_path))
+    for path in images.paths:
+        mask = Image.new("L", (96, 96))
+        mask.paste(255, (0, 0, 48, 96))  # the left half
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        mask.save((tmp_path / path).with_suffix(".png"))
+    other.prepare(images, CPU)
+    assert other.foreground[..., :32].all() and not other.foreground[..., 32:].any()
+    (tmp_path / images.paths[3]).with_suffix(".png").write_text("no image")
+    with pytest.raises(UserError, match=f"cannot read foreground .*{Path(images.paths[3]).stem}.png"):
+        other.prepare(images, CPU)
+    (tmp_path / images.paths[0]).with_suffix(".png").unlink()
+    with pytest.raises(UserError, match="foreground .* is missing.*foreground=otsu"):
+        other.prepare(images, CPU)
 
 
 # --- encoders and sizes -----------------------------------------------------------------------------------
@@ -327,6 +349,7 @@ def test_vitmem_can_normalise_each_image():
     ("vitmem", "lambda_ssim", 3.0, {"l2": 1, "ssim": 3}),
     ("vitmem", "lambda_ent", 0.003, {"l2": 1, "entropy": 3}),
     ("vitmem", "entropy", "printed", {"l2": 1, "entropy": -1}),
+    ("vitmem", "l2", "sum", {"l2": 3, "ssim": 1, "entropy": 1}),
 )
 def test_the_losses_of_vitmem_have_their_weights(method, name, value, factors, gears):
     usual, other = (losses(model, gears) for model in changed(method, name, value))

@@ -13,11 +13,13 @@ from scipy.stats import ks_2samp
 from benchmarks.synthesis import plain_damage, plain_perlin
 from vitad import data
 from vitad.data import synthesis
+from vitad.data.sets.dtd import CLASSES
 from vitad.data.synthesis import (
     KINDS,
     Recolouring,
     Synthesis,
     foreground_mask,
+    foregrounds,
     perlin_noise,
     pixels_above,
     procedural_textures,
@@ -25,6 +27,7 @@ from vitad.data.synthesis import (
     shift_hue,
     texture_bank,
     textures,
+    textures_used,
     turned,
 )
 from vitad.errors import UserError
@@ -171,6 +174,20 @@ class TestEveryKind:
         assert 160 < damaged(0.5) < 240
         assert 290 < damaged(0.8) < 350
         assert damaged(1) > 390
+
+    def test_chosen_images_are_damaged_for_certain_and_no_others(self, gears):
+        damage = Synthesis(probability=0.1, mode="both", scales=(1,))
+        images = gears[:8]
+        which = np.array([True, False] * 4)
+        empty = 0
+        for step in range(40):
+            batch = damage(images, 0, step, which=which)
+            assert batch["label"].bool().tolist() == which.tolist()
+            differs = (batch["image"] != images).any(1, keepdim=True)
+            assert torch.equal(differs, batch["mask"])
+            drawn = Synthesis(probability=1.0, mode="both", scales=(1,))(images, 0, step)
+            empty += int((drawn["label"] == 0).sum())
+        assert empty > 5  # the first draw often leaves nothing: it is repeated
 
     def test_a_kind_named_twice_is_drawn_twice_as_often(self):
         images = torch.full((300, 3, 32, 32), 0.5)
@@ -469,6 +486,20 @@ class TestTextures:
         assert bank.images.shape == (3, 3, 64, 80)
         assert main_colours(bank.images) == [0, 1, 2]
 
+    def test_dtd_is_known_by_its_files_not_by_its_folder(self, tmp_path, texture_folder):
+        assert textures_used("procedural", (64, 64)) == "procedural"
+        assert textures_used(str(texture_folder), (64, 64)) == "other images, 3 of 3 files"
+        tmp_path = tmp_path / "copied"
+        for name in CLASSES.split():
+            (tmp_path / "any" / name).mkdir(parents=True)
+            for k in range(120):
+                (tmp_path / "any" / name / f"{name}_{k:04}.jpg").touch()
+        assert textures_used(str(tmp_path), (64, 64)) == "DTD, 5,640 of 5,640 files"
+        assert textures_used(str(tmp_path), (224, 224)) == "DTD, 5,640 of 5,640 files"
+        assert textures_used(str(tmp_path), (384, 384)) == "DTD, 2,427 of 5,640 files"
+        (tmp_path / "any" / "woven" / "woven_0000.jpg").rename(tmp_path / "any" / "woven" / "mine_0000.jpg")
+        assert textures_used(str(tmp_path), (64, 64)).startswith("other images")
+
     def test_files_are_read_only_once(self, texture_folder):
         damage, images = always(textures=str(texture_folder)), random_images()
         damage(images, 0, 0)
@@ -548,6 +579,11 @@ class TestForeground:
         speck = torch.full((1, 3, 100, 100), 0.2)
         speck[..., 50:58, 50:58] = 0.9  # less than 1 % of the image
         assert foreground_mask(speck).all()
+
+    def test_what_fills_the_picture_is_all_foreground(self, toy_root):
+        images = data.load("toy", toy_root, "all", image_size=64).train
+        everywhere = foregrounds(images, range(len(images))).flatten(1).all(1)
+        assert everywhere.tolist() == (images.categories != "toy/gear").tolist() == images.textures.tolist()
 
     def test_specks_and_gaps_are_removed(self):
         image = torch.full((1, 3, 100, 100), 0.2)

@@ -177,6 +177,18 @@ def test_the_optimiser_gets_what_the_phase_says(images):
     ]
 
 
+def test_what_has_one_dimension_decays_only_where_asked(images):
+    """MAE's code lets neither biases nor the weights of norms decay."""
+    Spy.made.clear()
+    both = dict(optimizer=Spy, epochs=1, weight_decay=0.125)
+    train(Net(both, both | {"decay_vectors": False}), images, 0, CPU)
+    (everything,), (matrices, vectors) = (spy.param_groups for spy in Spy.made)
+    assert everything["weight_decay"] == matrices["weight_decay"] == 0.125 and vectors["weight_decay"] == 0
+    assert all(p.ndim > 1 for p in matrices["params"]) and all(p.ndim == 1 for p in vectors["params"])
+    assert len(matrices["params"]) + len(vectors["params"]) == len(everything["params"])
+    assert matrices["params"] and vectors["params"] and matrices["lr"] == vectors["lr"]
+
+
 def test_gradients_are_clipped_where_asked(images):
     Spy.made.clear()
     train(Net(dict(optimizer=Spy, epochs=1), dict(optimizer=Spy, epochs=1, clip=0.01)), images, 0, CPU)

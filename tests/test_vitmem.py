@@ -1,6 +1,7 @@
 """Yang & Guo 2024: memory, coordinate attention, losses, and what each row of the ablation changes."""
 
 import math
+from dataclasses import replace
 from functools import partial
 
 import helpers
@@ -225,6 +226,11 @@ def test_exact_decoder_reaches_the_image_without_a_resize(image_size, patch, exp
     with torch.no_grad():
         y = decoder(torch.randn(1, 32, image_size // patch, image_size // patch))
     assert found == expected and y.shape == (1, 3, image_size, image_size) and y.abs().max() < 1
+
+
+def test_sec34_is_the_paper_with_six_layers_and_no_resize():
+    paper, sec34 = (resolve(vitmem.Settings, vitmem.PRESETS, preset) for preset in ("paper", "sec34"))
+    assert sec34 == replace(paper, decoder="exact")
 
 
 def test_paper_preset_is_section_4_2():

@@ -13,12 +13,9 @@ Model      a `vitad.methods.base.Method`, made by `Model(settings, weights="auto
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import Any, Protocol, cast
 
 from vitad.errors import unknown
-
-if TYPE_CHECKING:  # the names of the methods are known without torch
-    from vitad.methods.base import Method
 
 _FOLDER = Path(__file__).parent
 _PACKAGES = {"vitad.methods": _FOLDER, "vitad.methods.rivals": _FOLDER / "rivals"}

@@ -83,7 +83,7 @@ class Settings:
     # score
     recon_passes: Literal["complementary", "unmasked"] = "complementary"  # ours: with pipeline=recon
     window: int = 21  # ours: the k of Eq. 7, px; DRAEM's code
-    amp: bool = True
+    amp: bool = True  # ours: mixed precision where it is faster
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -357,7 +357,9 @@ class Model(Method):
     def phases(self) -> list[Phase]:
         """Stage 1, stage 2 or both."""
         s = self.settings
-        adamw: dict[str, Any] = dict(optimizer=torch.optim.AdamW, betas=s.betas, weight_decay=s.weight_decay, decay_vectors=False)
+        adamw: dict[str, Any] = dict(
+            optimizer=torch.optim.AdamW, betas=s.betas, weight_decay=s.weight_decay, decay_vectors=False
+        )
         parts = [self.encoder, self.decoder, self.plpm] if self.plpm else [self.encoder, self.decoder]
         stage1 = Phase(
             "stage1",

@@ -85,7 +85,7 @@ class Settings:
     score: Literal["window", "top"] = "window"  # window: highest mean over a square, as DRAEM; top: mean of the highest
     window: int = 21  # side of the square, px
     top: float = 0.01  # share of the map
-    amp: bool = True
+    amp: bool = True  # ours: mixed precision where it is faster
 
 
 PRESETS: dict[str, dict[str, Any]] = {

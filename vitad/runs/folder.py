@@ -99,8 +99,8 @@ def _first_difference(previous: Mapping[str, Any], request: Request) -> tuple[st
         settings = settings_of(described)
         return {n: described[n] for n in names} | settings | {"revision": revision, "weights": weights}
 
-    described = {name: getattr(request, name) for name in (*IDENTITY, "preset")} | {"weights": {"asked": request.weights}}
-    theirs, ours = flat(previous), flat(described)
+    asked = {name: getattr(request, name) for name in (*IDENTITY, "preset")}
+    theirs, ours = flat(previous), flat(asked | {"weights": {"asked": request.weights}})
     key = next((name for name in ours if theirs.get(name) != ours[name]), "weights")
     return key, theirs.get(key), ours[key]
 

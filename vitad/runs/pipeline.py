@@ -255,10 +255,11 @@ def _counts(model: Method, images: Split, history: list[dict]) -> dict[str, Any]
 def _describe(request: Request, found: Found, model: Method, images: Split) -> Record:
     """The first part of a record: what was asked for, and how it was measured."""
     described = run_folder.describe(request, found)
+    names = ("revision", "dataset", "category", "split", "preset", "seed", "settings")
     return {
         "method": request.method,
         "paper": methods.get(request.method).PAPER,
-        **{name: described[name] for name in ("revision", "dataset", "category", "split", "preset", "seed", "settings")},
+        **{name: described[name] for name in names},
         "overrides": dict(request.overrides),
         "protocol": {
             "image_size": list(images.test.size),

@@ -44,7 +44,7 @@ __all__ = [
     "turned",
 ]
 
-TRIES = 10  # for an image that has to be damaged; about one draw in ten leaves no pixel
+TRIES = 10  # for an image that has to be damaged; about one draw in twenty leaves no pixel
 LOCAL_SHARE = {"global": 0.0, "local": 1.0, "both": 0.5}  # of the images, damage that keeps to the foreground
 
 

@@ -32,7 +32,7 @@ class Settings:
     lr: float = 2e-4  # Bergmann et al.
     weight_decay: float = 1e-5  # Bergmann et al.
     sigma: float = 4.0  # ours, px: smoothing of the map
-    amp: bool = True
+    amp: bool = True  # ours: mixed precision where it is faster
 
 
 PRESETS: dict[str, dict[str, Any]] = {
