@@ -189,7 +189,7 @@ class TestSamples:
     def test_a_batch_is_its_samples(self, toy_root):
         test = data.load("toy", toy_root, "weave", image_size=32).test
         batch = test.batch([5, 1, 1])
-        assert set(batch) == {"image", "mask", "label", "index"} and batch["index"].tolist() == [5, 1, 1]
+        assert set(batch) == {"image", "mask", "label", "index", "texture"} and batch["index"].tolist() == [5, 1, 1]
         for name in ("image", "mask", "label"):
             expected = torch.stack([torch.as_tensor(test[i][name]) for i in (5, 1, 1)])
             assert batch[name].dtype == expected.dtype and torch.equal(batch[name], expected)

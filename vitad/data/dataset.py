@@ -11,8 +11,9 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vitad.data.hashes import hash_files
 from vitad.data.records import LooseMask, Record
@@ -315,14 +316,40 @@ class Found:
         return digest.hexdigest()
 
     def load(self, image_size: int | tuple[int, int] = 224, mask_threshold: int = 0, skip_bad: bool = False) -> Split:
-        """Decode the images; the parameters are those of `vitad.data.load`."""
-        from vitad.data.samples import ImageSet, Split  # torch is imported when images are decoded, not before
+        """Decode the images; the parameters are those of `vitad.data.load`.
 
-        sets = [ImageSet(part, self.root, image_size, mask_threshold, skip_bad) for part in (self.train, self.test)]
-        for kind, records, images in zip(("training", "test"), (self.train, self.test), sets, strict=True):
-            if not len(images):
-                raise UserError(f"none of the {len(records)} {kind} images in {self.root} can be read.")
-        return Split(self.dataset.name, self.category, self.split, *sets)
+        The last images stay in memory, so that an ablation decodes them once. Files that change are decoded again.
+        """
+        described = (self.dataset.name, self.category, self.split)
+        stamps = tuple(_stamp(path) for path in self.files)
+        size = tuple(image_size) if isinstance(image_size, list) else image_size
+        return _load(described, self.root, tuple(self.train), tuple(self.test), stamps, size, mask_threshold, skip_bad)
+
+
+@lru_cache(maxsize=1, typed=True)
+def _load(
+    described: tuple[str, str | None, str | None],
+    root: Path,
+    train: tuple[Record, ...],
+    test: tuple[Record, ...],
+    stamps: tuple[tuple[int, int] | None, ...],
+    *how: Any,
+) -> Split:
+    from vitad.data.samples import ImageSet, Split  # torch is imported when images are decoded, not before
+
+    sets = [ImageSet(part, root, *how) for part in (train, test)]
+    for kind, records, images in zip(("training", "test"), (train, test), sets, strict=True):
+        if not len(images):
+            raise UserError(f"none of the {len(records)} {kind} images in {root} can be read.")
+    return Split(*described, *sets)
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    """Size and time of change; None for a file that cannot be read, which is reported when it is decoded."""
+    try:
+        return path.stat().st_size, path.stat().st_mtime_ns
+    except OSError:
+        return None
 
 
 def data_folder() -> Path | None:
