@@ -14,6 +14,7 @@ from vitad.claims import (
     all_of,
     at_least,
     at_most,
+    by_all_metrics,
     claim,
     counted,
     interaction_undecided,
@@ -54,6 +55,7 @@ def test_each_kind_of_evidence():
     both = all_of(at_least(knn, "image_auroc", 0.8), at_most(cae, "image_auroc", 0.8))
     assert both.holds and "autoencoder" in both.numbers and len(both.rests_on) == 6
     assert not all_of(both, at_least(knn, "image_auroc", 0.99)).holds
+    assert by_all_metrics(above, knn, cae).holds and not by_all_metrics(above, knn, runs_of("vitmem")).holds
     with pytest.raises(UserError, match="no committed record of patchknn-toy-weave"):
         runs_of("patchknn", category="weave")
 

@@ -149,6 +149,11 @@ def near_chance(runs: Runs, metric: str = "image_auroc", margin: float = 0.1) ->
     return _evidence(abs(found.value - 0.5) <= margin, _shown(runs, metric), runs)
 
 
+def by_all_metrics(comparison: Callable[[Runs, Runs, str], Evidence], first: Runs, second: Runs) -> Evidence:
+    """A comparison, `above` or `undecided`, holds by each of the four metrics."""
+    return all_of(*(comparison(first, second, metric) for metric in METRICS))
+
+
 def interaction_undecided(both: Runs, first: Runs, second: Runs, neither: Runs, metric: str) -> Evidence:
     """Whether two parts give more together than the sum of what each gives alone: the 95 % interval holds 0."""
     variants = {"both": both, "first": first, "second": second, "neither": neither}
@@ -209,6 +214,7 @@ VOCABULARY = {
         of_kind,
         above,
         undecided,
+        by_all_metrics,
         interaction_undecided,
         at_least,
         at_most,
