@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pytest
@@ -145,3 +146,19 @@ def test_exactly_the_claims_fall_whose_records_change(book, capsys):
     out = capsys.readouterr().out
     assert "FALLS  gears: The autoencoder is below 0.8." in out and "1 of 2 claims hold" in out
     assert "holds  gears: Frozen features beat" in out
+
+
+def test_a_page_lists_the_claims_that_it_asks_for(book, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "book" / "_ext")
+    import vitad_book
+
+    def expanded(text):
+        source = [text]
+        vitad_book.expand(SimpleNamespace(srcdir=book), "book/page", source)
+        return source[0]
+
+    every = expanded("Above\n<!-- claims -->")
+    assert every.startswith("Above\n\n## [gears](../notebooks/gears.ipynb)\n\n* Frozen features beat")
+    assert every.count("\n* ") == 2 and every.count("*Before:* The autoencoder won.") == 1
+    assert expanded("<!-- claims chapter=gears dataset=toy -->").count("* ") == 2
+    assert expanded("<!-- claims chapter=gears dataset=mt -->") == ""
