@@ -3,15 +3,30 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pytest
 
 import vitad
 from vitad import claims, runs
-from vitad.claims import above, all_of, at_least, at_most, claim, near_chance, runs_of, undecided
+from vitad.claims import (
+    above,
+    all_of,
+    at_least,
+    at_most,
+    by_all_metrics,
+    claim,
+    counted,
+    interaction_undecided,
+    near_chance,
+    of_kind,
+    runs_of,
+    undecided,
+)
 from vitad.cli import main
 from vitad.errors import UserError
+from vitad.evidence import difference
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -41,10 +56,40 @@ def test_each_kind_of_evidence():
     both = all_of(at_least(knn, "image_auroc", 0.8), at_most(cae, "image_auroc", 0.8))
     assert both.holds and "autoencoder" in both.numbers and len(both.rests_on) == 6
     assert not all_of(both, at_least(knn, "image_auroc", 0.99)).holds
+    assert by_all_metrics(above, knn, cae).holds and not by_all_metrics(above, knn, runs_of("vitmem")).holds
     with pytest.raises(UserError, match="no committed record of patchknn-toy-weave"):
         runs_of("patchknn", category="weave")
 
 
+def test_one_kind_of_defect_has_the_doubt_of_its_test_images():
+    missing, scratches = (of_kind(runs_of("anovit"), kind) for kind in ("missing", "scratch"))
+    assert missing.name == "anovit (missing)"
+    seeds_alone = [
+        [{"seed": r["seed"], "metrics": r["metrics"]} for r in kind.records] for kind in (missing, scratches)
+    ]
+    both, less = difference(missing.records, scratches.records, "image_auroc"), difference(*seeds_alone, "image_auroc")
+    assert both.complete and not less.complete and both.value == less.value
+    assert both.low < less.low and both.high > less.high
+    assert above(missing, scratches, "image_auroc").holds
+    assert near_chance(of_kind(runs_of("mala"), "misplaced", "gear")).holds
+
+
+def test_parts_that_add_up():
+    full, base = runs_of("vitmem", name="full"), runs_of("vitmem", name="base", overrides=BASE)
+    nothing = interaction_undecided(full, full, base, base, "pro")
+    assert nothing.holds and "PRO full − full − base + base +0.000" in nothing.numbers
+    dead = runs_of("vitmem", overrides={"shrink": 2.0})
+    assert not interaction_undecided(full, dead, base, base, "pro").holds
+
+
+def test_counts():
+    dead = runs_of("vitmem", overrides={"shrink": 2.0})
+    every = counted(dead, "memory_empty", 1, 1, of="memory_queries")
+    assert every.holds and "memory_empty / memory_queries vitmem 1 to 1, 3 seeds" in every.numbers
+    assert not counted(dead, "memory_in_use", 1, 100).holds
+
+
+BASE = {"memory": False, "coord_att": False}
 CELL = """
 from vitad.claims import above, claim, runs_of
 
@@ -101,3 +146,19 @@ def test_exactly_the_claims_fall_whose_records_change(book, capsys):
     out = capsys.readouterr().out
     assert "FALLS  gears: The autoencoder is below 0.8." in out and "1 of 2 claims hold" in out
     assert "holds  gears: Frozen features beat" in out
+
+
+def test_a_page_lists_the_claims_that_it_asks_for(book, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "book" / "_ext")
+    import vitad_book
+
+    def expanded(text):
+        source = [text]
+        vitad_book.expand(SimpleNamespace(srcdir=book), "book/page", source)
+        return source[0]
+
+    every = expanded("Above\n<!-- claims -->")
+    assert every.startswith("Above\n\n## [gears](../notebooks/gears.ipynb)\n\n* Frozen features beat")
+    assert every.count("\n* ") == 2 and every.count("*Before:* The autoencoder won.") == 1
+    assert expanded("<!-- claims chapter=gears dataset=toy -->").count("* ") == 2
+    assert expanded("<!-- claims chapter=gears dataset=mt -->") == ""

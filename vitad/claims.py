@@ -16,8 +16,9 @@ from typing import Any
 
 import vitad
 from vitad.errors import UserError
-from vitad.evidence import Difference, Estimate, difference, estimate
+from vitad.evidence import Difference, Estimate, contrast, difference, estimate
 from vitad.metrics import METRICS
+from vitad.runs.folder import image_resamples_from_scores
 from vitad.runs.record import Record, committed_seeds
 from vitad.runs.request import Request, hash_of
 from vitad.show.tables import by_kind
@@ -110,12 +111,15 @@ def runs_of(method: str, dataset: str = "toy", name: str = "", seeds: int | None
     return Runs(name or method, tuple(records))
 
 
-def of_kind(runs: Runs, kind: str) -> Runs:
-    """The same runs, tested on one kind of defect and all good images; only image AUROC is known, from `scores.csv`."""
+def of_kind(runs: Runs, kind: str, category: str | None = None) -> Runs:
+    """The same runs, tested on one kind of defect and all good images; only image AUROC is known, from `scores.csv`.
+
+    Of runs over several categories only the images of `category`, the name of its folder, are counted, or all.
+    """
     found = []
     for r in runs.records:
-        without_resamples = {k: v for k, v in r.items() if k != "folder"}
-        found.append(without_resamples | {"metrics": {"image_auroc": by_kind(r).get(kind)}})
+        resamples = image_resamples_from_scores(r["folder"], kind, category)
+        found.append(r | {"metrics": {"image_auroc": by_kind(r, category).get(kind)}, "resamples": resamples})
     return Runs(f"{runs.name} ({kind})", tuple(found))
 
 
@@ -145,6 +149,28 @@ def near_chance(runs: Runs, metric: str = "image_auroc", margin: float = 0.1) ->
     return _evidence(abs(found.value - 0.5) <= margin, _shown(runs, metric), runs)
 
 
+def by_all_metrics(comparison: Callable[[Runs, Runs, str], Evidence], first: Runs, second: Runs) -> Evidence:
+    """A comparison, `above` or `undecided`, holds by each of the four metrics."""
+    return all_of(*(comparison(first, second, metric) for metric in METRICS))
+
+
+def interaction_undecided(both: Runs, first: Runs, second: Runs, neither: Runs, metric: str) -> Evidence:
+    """Whether two parts give more together than the sum of what each gives alone: the 95 % interval holds 0."""
+    variants = {"both": both, "first": first, "second": second, "neither": neither}
+    weights = {"both": 1, "first": -1, "second": -1, "neither": 1}
+    d = contrast({name: runs.records for name, runs in variants.items()}, weights, metric)
+    formula = f"{both.name} − {first.name} − {second.name} + {neither.name}"
+    numbers = f"{METRICS[metric]} {formula} {d.value:+.3f} [{d.low:+.3f}, {d.high:+.3f}], {_sources(d)}"
+    return _evidence(d.verdict == "undecided", numbers, *variants.values())
+
+
+def counted(runs: Runs, what: str, low: float, high: float, of: str = "") -> Evidence:
+    """In every run, an entry of `counts` lies within bounds; with `of`, its share of another entry."""
+    values = [r["counts"][what] / (r["counts"][of] if of else 1) for r in runs.records]
+    numbers = f"{what}{' / ' * bool(of)}{of} {runs.name} {min(values):g} to {max(values):g}, {_seeds(len(values))}"
+    return _evidence(low <= min(values) and max(values) <= high, numbers, runs)
+
+
 def all_of(*evidence: Evidence) -> Evidence:
     """Everything holds."""
     rests_on = frozenset().union(*(e.rests_on for e in evidence))
@@ -170,15 +196,33 @@ def _shown(runs: Runs, metric: str, title: bool = True) -> str:
 
 def _sources(found: Estimate | Difference) -> str:
     """How many seeds an interval rests on, and whether the doubt of the test images is in it."""
-    seeds = f"{found.n_seeds} seed{'s' * (found.n_seeds != 1)}"
-    return seeds + ("" if found.complete else ", without the doubt of the test images")
+    return _seeds(found.n_seeds) + ("" if found.complete else ", without the doubt of the test images")
+
+
+def _seeds(n: int) -> str:
+    return f"{n} seed{'s' * (n != 1)}"
 
 
 def _evidence(holds: bool, numbers: str, *runs: Runs) -> Evidence:
     return Evidence(bool(holds), numbers, frozenset(hash_of(r) for one in runs for r in one.records))
 
 
-VOCABULARY = {f.__name__: f for f in (runs_of, of_kind, above, undecided, at_least, at_most, near_chance, all_of)}
+VOCABULARY = {
+    f.__name__: f
+    for f in (
+        runs_of,
+        of_kind,
+        above,
+        undecided,
+        by_all_metrics,
+        interaction_undecided,
+        at_least,
+        at_most,
+        near_chance,
+        counted,
+        all_of,
+    )
+}
 
 
 # --- all claims of the book -----------------------------------------------------------------------------------------

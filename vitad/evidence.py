@@ -365,15 +365,16 @@ def _spread(variants: Mapping[str, Sequence[Record]], weights: Mapping[str, floa
         return _Spread(math.nan, 0, None, None)
     pairs = [(w, by_seed[name][seed]) for name, w in weights.items() for seed in seeds]
     values = np.array([w * _value(r, metric) for w, r in pairs]).reshape(len(weights), len(seeds)).sum(0)
-    resampled = [w * read_resamples(r["folder"])[metric] for w, r in pairs if _has_resamples(r, metric)]
+    resampled = [w * _resamples(r)[metric] for w, r in pairs if metric in _resamples(r)]
     sd_test = None
     if len(resampled) == len(pairs):
         sd_test = float(np.nanstd(np.sum(resampled, 0, dtype=float) / len(seeds), ddof=1))
     return _Spread(float(values.mean()), len(seeds), _sd(values), sd_test)
 
 
-def _has_resamples(record: Record, metric: str) -> bool:
-    return "folder" in record and metric in read_resamples(record["folder"])
+def _resamples(record: Record) -> Mapping[str, ndarray]:
+    """Those that the record has with it, of a part of its test set, or those beside it."""
+    return record.get("resamples") or (read_resamples(record["folder"]) if "folder" in record else {})
 
 
 def _value(run: Record | float, metric: str) -> float:

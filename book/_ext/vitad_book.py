@@ -4,54 +4,70 @@ A comment in a page under book/ is replaced while the book is built. Its `key=va
 
     <!-- results dataset=mt -->                                    a table with a row for each setting: means over seeds
     <!-- splits dataset=mt honest=grouped other=differnet -->      what another split changes for each method
-    <!-- claims -->                                                all claims of the chapters; a fallen one is an error
+    <!-- claims -->                                                all claims of the book; a fallen one is an error
+    <!-- claims chapter=comparison dataset=mt -->                  those of a chapter that rest on this data alone
 """
 
 import re
+from functools import cache
 from pathlib import Path
 
 from sphinx.errors import SphinxError
 
 from vitad import claims, runs
+from vitad.runs.request import hash_of
 from vitad.show import tables
 
-MARKER = re.compile(r"<!-- (results|splits)((?: \w+=[\w.-]+)*) -->")
+MARKER = re.compile(r"<!-- (results|splits|claims)((?: \w+=[\w.-]+)*) -->")
 
 
 def expand(app, docname, source):
     root = Path(app.srcdir)
 
-    def table(match):
+    def replacement(match):
         wanted = dict(pair.split("=") for pair in match[2].split())
-        splits = [wanted.pop(key) for key in ("honest", "other") if key in wanted]
-        records = [
-            r for r in runs.committed(results=root / "results") if all(str(r[k]) == v for k, v in wanted.items())
-        ]
-        records = [r for r in records if set(r["overrides"]) <= {"image_size"}]  # ablations have their own chapters
-        if not records:
-            return "*No record of such a run has been committed yet.*"
-        return tables.markdown(tables.across_splits(records, *splits) if splits else tables.over_seeds(records))
+        return list_of_claims(root, **wanted) if match[1] == "claims" else table_of_records(root, wanted)
 
     if docname.startswith("book/"):
-        source[0] = MARKER.sub(table, source[0])
-    if "<!-- claims -->" in source[0]:
-        source[0] = source[0].replace("<!-- claims -->", list_of_claims(root / "notebooks"))
+        source[0] = MARKER.sub(replacement, source[0])
 
 
-def list_of_claims(folder):
-    """All claims by chapter, as Markdown."""
+def table_of_records(root, wanted):
+    """The records that have the wanted values, as a Markdown table."""
+    splits = [wanted.pop(key) for key in ("honest", "other") if key in wanted]
+    records = [r for r in runs.committed(results=root / "results") if all(str(r[k]) == v for k, v in wanted.items())]
+    records = [r for r in records if set(r["overrides"]) <= {"image_size"}]  # ablations have their own chapters
+    if not records:
+        return "*No record of such a run has been committed yet.*"
+    return tables.markdown(tables.across_splits(records, *splits) if splits else tables.over_seeds(records))
+
+
+def list_of_claims(root, chapter=None, dataset=None):
+    """All claims by chapter, or those of one chapter that rest on records of one data set, as Markdown."""
+    found = checked_claims(root / "notebooks")
+    if chapter:
+        of_data = {hash_of(r) for r in runs.committed(results=root / "results") if r["dataset"] == dataset}
+        chosen = [c for c in found if c.chapter == chapter and c.evidence.rests_on <= of_data]
+        return "\n".join(map(as_item, chosen))
+    lines = []
+    for name in dict.fromkeys(c.chapter for c in found):
+        lines.append(f"\n## [{name}](../notebooks/{name}.ipynb)\n")
+        lines += [as_item(c) + f" *Before:* {c.before}" * bool(c.before) for c in found if c.chapter == name]
+    return "\n".join(lines)
+
+
+def as_item(claim):
+    return f"* {claim.sentence} <span class='evidence'>({claim.evidence.numbers})</span>"
+
+
+@cache  # several pages list them
+def checked_claims(folder):
+    """All claims of the notebooks; an error names those that the records do not support."""
     found = claims.of_the_book(folder)
     if fallen := [c for c in found if not c.evidence.holds]:
         lines = [f"{c.chapter}: {c.sentence} ({c.evidence.numbers})" for c in fallen]
         raise SphinxError("\n".join(["the records do not support:", *lines]))
-    lines = []
-    for chapter in dict.fromkeys(c.chapter for c in found):
-        lines.append(f"\n## [{chapter}](../notebooks/{chapter}.ipynb)\n")
-        for c in found:
-            if c.chapter == chapter:
-                before = f" *Before:* {c.before}" if c.before else ""
-                lines.append(f"* {c.sentence} ({c.evidence.numbers}).{before}")
-    return "\n".join(lines)
+    return found
 
 
 def without_thebe(app, pagename, templatename, context, doctree):

@@ -246,20 +246,28 @@ def _read_arrays(folder: Path) -> dict[str, np.ndarray]:
         return dict(file)
 
 
-def image_resamples_from_scores(folder: str | Path) -> dict[str, np.ndarray]:
+def image_resamples_from_scores(
+    folder: str | Path, kind: str | None = None, category: str | None = None
+) -> dict[str, np.ndarray]:
     """What `read_resamples` gives, for image AUROC alone, from `scores.csv`.
 
-    Groups come from the paths, as the data set says. For several categories it is their mean, as in the record.
+    Groups come from the paths, as the data set says. For several categories it is their mean, as in the record. With
+    `kind` or `category` only the good images and that kind of defect count, of the category or of all together.
     """
     record = read_record(folder)
     with open(Path(folder) / "scores.csv", newline="") as file:
-        rows = [(row["image"], int(row["label"]), float(row["score"])) for row in csv.DictReader(file)]
+        rows = [
+            (row["image"], int(row["label"]), float(row["score"]))
+            for row in csv.DictReader(file)
+            if row["image"].startswith(f"{category}/" if category else "")
+            and (kind is None or int(row["label"]) == 0 or row["defect"] == kind)
+        ]
     paths, labels, scores = map(np.array, zip(*rows, strict=True))
     groups = np.array(data_sets.get(record["dataset"]).groups(paths.tolist()))
     several = []
-    for category in record.get("metrics_by_category", [""]):
+    for name in [""] if kind or category else record.get("metrics_by_category", [""]):
         # Paths begin with the category, and in joined data sets with the data set, as the name of the category does.
-        places = [f"{category}/", f"{category.partition('/')[2]}/"] if category else [""]
+        places = [f"{name}/", f"{name.partition('/')[2]}/"] if name else [""]
         chosen = next(c for place in places if (c := np.char.startswith(paths, place)).any())
         weights = draw(paths[chosen], groups[chosen], labels[chosen])
         several.append(image_auroc(scores[chosen], labels[chosen], weights))
