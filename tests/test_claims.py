@@ -18,8 +18,10 @@ from vitad.claims import (
     by_all_metrics,
     claim,
     counted,
+    gains_at_most,
     interaction_undecided,
     near_chance,
+    of_category,
     of_kind,
     runs_of,
     undecided,
@@ -59,6 +61,25 @@ def test_each_kind_of_evidence():
     assert by_all_metrics(above, knn, cae).holds and not by_all_metrics(above, knn, runs_of("vitmem")).holds
     with pytest.raises(UserError, match="no committed record of patchknn-toy-weave"):
         runs_of("patchknn", category="weave")
+
+
+def test_a_bound_on_what_a_step_gains():
+    knn, cae = runs_of("patchknn"), runs_of("l2cae")
+    assert gains_at_most(knn, cae, "image_auroc", 0.5).holds and not gains_at_most(knn, cae, "image_auroc", 0.3).holds
+    assert gains_at_most(cae, knn, "image_auroc", 0.0).holds  # it loses
+    once = gains_at_most(runs_of("patchknn", seeds=1), runs_of("l2cae", seeds=1), "image_auroc", 1.0)
+    assert not once.holds  # one seed decides nothing
+
+
+def test_one_category_and_one_kind_of_a_model_of_all():
+    every = runs_of("mala", name="one model")
+    gears, cloth = of_category(every, "toy/gear"), of_category(every, "toy/weave")
+    assert gears.name == "one model (toy/gear)" and len(gears.records) == len(every.records)
+    mean = every.records[0]["metrics_by_category"]["toy/gear"]["pro"]
+    assert gears.records[0]["metrics"]["pro"] == mean and above(cloth, gears, "pro").holds
+    all_stains, stains = of_kind(every, "stain"), of_kind(every, "stain", "gear")
+    assert at_least(stains, "image_auroc", 0.8).holds
+    assert all_stains.records[0]["metrics"] != stains.records[0]["metrics"]
 
 
 def test_one_kind_of_defect_has_the_doubt_of_its_test_images():

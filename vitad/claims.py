@@ -17,6 +17,7 @@ from typing import Any
 import vitad
 from vitad.errors import UserError
 from vitad.evidence import Difference, Estimate, contrast, difference, estimate
+from vitad.evidence import of_category as record_of_category
 from vitad.metrics import METRICS
 from vitad.runs.folder import image_resamples_from_scores
 from vitad.runs.record import Record, committed_seeds
@@ -123,6 +124,11 @@ def of_kind(runs: Runs, kind: str, category: str | None = None) -> Runs:
     return Runs(f"{runs.name} ({kind})", tuple(found))
 
 
+def of_category(runs: Runs, category: str) -> Runs:
+    """The same runs over several categories, tested on one of them, such as `toy/gear`."""
+    return Runs(f"{runs.name} ({category})", tuple(record_of_category(r, category) for r in runs.records))
+
+
 def above(first: Runs, second: Runs, metric: str) -> Evidence:
     """The first is above the second: the 95 % interval of the paired difference lies above 0."""
     return _compared(first, second, metric, "above")
@@ -131,6 +137,12 @@ def above(first: Runs, second: Runs, metric: str) -> Evidence:
 def undecided(first: Runs, second: Runs, metric: str) -> Evidence:
     """The two cannot be told apart: the 95 % interval of the paired difference holds 0."""
     return _compared(first, second, metric, "undecided")
+
+
+def gains_at_most(first: Runs, second: Runs, metric: str, value: float) -> Evidence:
+    """The first is better by no more than `value`: the 95 % interval of the paired difference lies at or below it."""
+    found = difference(first.records, second.records, metric)
+    return _of_difference(found.n_seeds > 1 and found.high <= value, found, first, second, metric)
 
 
 def at_least(runs: Runs, metric: str, value: float) -> Evidence:
@@ -178,10 +190,14 @@ def all_of(*evidence: Evidence) -> Evidence:
 
 
 def _compared(first: Runs, second: Runs, metric: str, verdict: str) -> Evidence:
-    d = difference(first.records, second.records, metric)
+    found = difference(first.records, second.records, metric)
+    return _of_difference(found.verdict == verdict, found, first, second, metric)
+
+
+def _of_difference(holds: bool, found: Difference, first: Runs, second: Runs, metric: str) -> Evidence:
     numbers = f"{_shown(first, metric)}, {_shown(second, metric, title=False)}, "
-    numbers += f"difference {d.value:+.3f} [{d.low:+.3f}, {d.high:+.3f}], {_sources(d)}"
-    return _evidence(d.verdict == verdict, numbers, first, second)
+    numbers += f"difference {found.value:+.3f} [{found.low:+.3f}, {found.high:+.3f}], {_sources(found)}"
+    return _evidence(holds, numbers, first, second)
 
 
 def _bounded(runs: Runs, metric: str, inside: Callable[[float, float], bool]) -> Evidence:
@@ -212,10 +228,12 @@ VOCABULARY = {
     for f in (
         runs_of,
         of_kind,
+        of_category,
         above,
         undecided,
         by_all_metrics,
         interaction_undecided,
+        gains_at_most,
         at_least,
         at_most,
         near_chance,
