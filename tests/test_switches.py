@@ -15,7 +15,6 @@ from torch import nn
 
 from vitad import methods
 
-pytest_plugins = ["methods_fixtures"]
 COVERED = set()  # (method, setting)
 
 
