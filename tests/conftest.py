@@ -1,7 +1,9 @@
-"""What several test files share: small copies of the embedded data set, made once a session."""
+"""What several test files share: small copies of the embedded data set and weights, made once a session."""
 
 import pytest
 
+from vitad import data
+from vitad.data.dataset import _load
 from vitad.data.sets import toy
 
 SLOW = ("test_walkthroughs.py", "test_book.py", "test_sweep.py", "test_notebook.py", "test_runs.py", "test_pairing.py")
@@ -12,22 +14,49 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.name not in SLOW)
 
 
+@pytest.fixture(autouse=True)
+def no_images_in_memory():
+    """Each test decodes its images itself."""
+    _load.cache_clear()
+
+
 @pytest.fixture(scope="session")
-def toy_root(tmp_path_factory):
+def make_toy(tmp_path_factory):
+    """Write categories of `toy` with that many images: for training, good ones, of each defect. The first as ever."""
+
+    def make(categories, *counts):
+        root = tmp_path_factory.mktemp("toy")
+        with pytest.MonkeyPatch.context() as patch:
+            for name, count in zip(("N_TRAIN", "N_GOOD", "N_DEFECT"), counts, strict=True):
+                patch.setattr(toy, name, count)
+            toy.generate(root, 0, categories)
+        (root / "complete").touch()
+        return root
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def toy_root(make_toy):
     """Folder of `toy` with all its categories, `quirks` too, but few images: 12 train, 4 good, 2 of each defect."""
-    root = tmp_path_factory.mktemp("toy")
-    with pytest.MonkeyPatch.context() as patch:
-        for name, count in {"N_TRAIN": 12, "N_GOOD": 4, "N_DEFECT": 2}.items():
-            patch.setattr(toy, name, count)
-        toy.generate(root, 0, (*toy.DEFECTS, "quirks"))
-    (root / "complete").touch()
-    return root
+    return make_toy((*toy.DEFECTS, "quirks"), 12, 4, 2)
 
 
 @pytest.fixture(scope="session")
-def gear_root(tmp_path_factory):
-    """Folder of `toy` with the whole of its default category and nothing else."""
-    root = tmp_path_factory.mktemp("gear")
-    toy.generate(root, 0, ("gear",))
-    (root / "complete").touch()
-    return root
+def gears(toy_root):
+    """The category `gear` of `toy` at 64 px, twelve images for training."""
+    return data.load("toy", toy_root, "gear", image_size=64)
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory):
+    """A file that `pretrained` can read without any network: random weights of `test_vit`."""
+    import torch  # here, since not every test file needs the seconds that these take
+    from safetensors.torch import save_file
+
+    from vitad.backbones import import_timm
+
+    path = tmp_path_factory.mktemp("weights") / "given.safetensors"
+    torch.manual_seed(1)
+    save_file(import_timm().create_model("test_vit", num_classes=0).state_dict(), path)
+    return path

@@ -276,6 +276,19 @@ class TestSamples:
         with pytest.raises(UserError, match="cannot read image .*exceeds limit.*--skip-bad"):
             data.load("toy", toy_root, image_size=32)
 
+    def test_the_last_images_stay_in_memory_until_a_file_changes(self, toy_root, tmp_path):
+        root = tmp_path / "mine"
+        shutil.copytree(toy_root / "weave", root)
+        first = data.load("folder", root, image_size=32)
+        assert data.load("folder", root, image_size=32) is first
+        assert data.load("folder", root, image_size=48).train.size == (48, 48)
+        again = data.load("folder", root, image_size=32)  # only the last are kept
+        assert again is not first and np.array_equal(again.test.masks, first.test.masks)
+        shutil.copy(root / "train" / "good" / "001.png", root / "train" / "good" / "000.png")
+        changed = data.load("folder", root, image_size=32).train.batch([0, 1])["image"]
+        assert torch.equal(changed[0], changed[1])
+        assert not torch.equal(*again.train.batch([0, 1])["image"])
+
 
 class TestFolder:
     def test_quirks_of_real_sets(self, toy_root):

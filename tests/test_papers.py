@@ -635,6 +635,8 @@ def test_a_thousand_records_are_tabulated_in_two_seconds(tmp_path):
         frame = cells(table, found)
         text = layout.for_terminal(frame)
         best = min(best, time.process_time() - began)
+        if best < 2:
+            break
     assert sum(r.hash in found for r in asked) == 1000 and len(lines) == 45
     assert cell(frame, "carpet", "Ours")["seeds"] == 23 and "judged" in text
     assert best < 2

@@ -22,7 +22,6 @@ from vitad.randomness import seed_of
 from vitad.settings import resolve
 from vitad.training import train
 
-pytest_plugins = ["methods_fixtures"]
 make = partial(helpers.make, ssltok)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from vitad.runs import Request, by_hash
 
 ROOT = Path(__file__).parents[1]
 SNAKEMAKE = [sys.executable, "-m", "snakemake", "--snakefile", ROOT / "workflow" / "Snakefile", "--cores", "2"]
-pytestmark = pytest.mark.timeout(900)  # twelve runs, on machines that do other things beside
+pytestmark = pytest.mark.timeout(900)  # several runs, on machines that do other things beside
 THAT_FAILS = {"method": "l2cae", "category": "weave", "seed": 1}
 
 
@@ -36,12 +37,10 @@ def finished(folder):
 
 
 def written(folder, toy_root, lr):
-    """A file with 12 runs; one of them, alone in its block, has its own learning rate."""
+    """A file with five runs; one of them, alone in its block, has its own learning rate."""
     common = {"dataset": "toy", "preset": "smoke"}
     blocks = [
-        {"method": "patchknn", "category": ["weave", "grain", "gear"], "seed": [0, 1]},
-        {"method": "l2cae", "category": ["grain", "gear"], "seed": [0, 1]},
-        {"method": "l2cae", "category": "weave", "seed": 0},
+        {"method": ["patchknn", "l2cae"], "category": "gear", "seed": [0, 1]},
         THAT_FAILS | {"overrides": {"lr": lr}},
     ]
     blocks = [common | b for b in blocks]
@@ -59,7 +58,7 @@ def killed(toy_root, tmp_path_factory):
     with open(folder / "first.log", "w") as log:
         process = subprocess.Popen(words, cwd=folder, stdout=log, stderr=log, start_new_session=True)
         patience = time.monotonic() + 200
-        while len(finished(folder)) < 2 and process.poll() is None and time.monotonic() < patience:
+        while not finished(folder) and process.poll() is None and time.monotonic() < patience:
             time.sleep(0.02)
         os.killpg(process.pid, signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL, (folder / "first.log").read_text()
@@ -74,7 +73,7 @@ def resumed(killed):
 
 def test_after_kill_9_the_same_command_makes_the_rest_and_only_that(killed, resumed):
     folder, good, bad, before = killed
-    assert 2 <= len(before) < len(good)
+    assert 1 <= len(before) < len(good)
     after = finished(folder)
     assert sorted(after) == sorted(good)
     assert {name: after[name] for name in before} == before
@@ -91,7 +90,7 @@ def test_a_failing_run_is_reported_with_its_log_and_stops_no_other(killed, resum
 
 
 def test_the_time_that_is_left_is_said(resumed):
-    assert "2 runs to go, about 0:00:" in resumed.stdout
+    assert re.search("[23] runs to go, about 0:00:", resumed.stdout)  # not each number, since two may end together
 
 
 @pytest.mark.parametrize("method", ["patchknn", "l2cae"])

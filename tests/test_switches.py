@@ -18,7 +18,6 @@ from torch import nn
 from vitad import data, methods
 from vitad.errors import UserError
 
-pytest_plugins = ["methods_fixtures"]
 COVERED = set()  # (method, setting)
 
 

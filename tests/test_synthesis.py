@@ -62,9 +62,9 @@ def main_colours(images):
 
 
 @pytest.fixture(scope="module")
-def gears(gear_root):
+def gears(toy_root):
     """Twelve good images (12,3,128,128) of an object on a table."""
-    return data.load("toy", root=gear_root, image_size=128).train.batch(range(12))["image"]
+    return data.load("toy", toy_root, "gear", image_size=128).train.batch(range(12))["image"]
 
 
 @pytest.fixture

@@ -19,7 +19,6 @@ from vitad.methods.vitmem import CoordinateAttention, Memory, entropy, shrunk
 from vitad.settings import resolve
 from vitad.training import train
 
-pytest_plugins = ["methods_fixtures"]
 make = partial(helpers.make, vitmem)
 
 

@@ -11,6 +11,7 @@ import ast
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from vitad.evidence import Difference, Estimate, contrast, difference, estimate
 from vitad.evidence import of_category as record_of_category
 from vitad.metrics import METRICS
 from vitad.runs.folder import image_resamples_from_scores
-from vitad.runs.record import Record, committed_seeds
+from vitad.runs.record import Record, committed, committed_seeds
 from vitad.runs.request import Request, hash_of
 from vitad.show.tables import by_kind
 
@@ -88,7 +89,14 @@ def claim(sentence: str, evidence: Evidence, before: str = "") -> Any:
 # --- what evidence is made of ---------------------------------------------------------------------------------------
 
 
-def runs_of(method: str, dataset: str = "toy", name: str = "", seeds: int | None = None, **request: Any) -> Runs:
+def runs_of(
+    method: str,
+    dataset: str = "toy",
+    name: str = "",
+    seeds: int | None = None,
+    records: list[Record] | None = None,
+    **request: Any,
+) -> Runs:
     """The committed runs of a method.
 
     Parameters
@@ -99,6 +107,8 @@ def runs_of(method: str, dataset: str = "toy", name: str = "", seeds: int | None
         What to call them in the numbers; by default the method.
     seeds : int, optional
         Only the first so many seeds.
+    records : list of records, optional
+        All committed records, where they are already read.
     request : further fields of `Request`
 
     Raises
@@ -106,10 +116,11 @@ def runs_of(method: str, dataset: str = "toy", name: str = "", seeds: int | None
     UserError
         There are no such records.
     """
-    records = committed_seeds(Request(method, dataset, **request))[:seeds]
-    if not records:
-        raise UserError(f"no committed record of {Request(method, dataset, **request).name}.")
-    return Runs(name or method, tuple(records))
+    asked = Request(method, dataset, **request)
+    found = committed_seeds(asked, records)[:seeds]
+    if not found:
+        raise UserError(f"no committed record of {asked.name}.")
+    return Runs(name or method, tuple(found))
 
 
 def of_kind(runs: Runs, kind: str, category: str | None = None) -> Runs:
@@ -255,16 +266,16 @@ def of_the_book(folder: Path | None = None) -> list[Claim]:
         Folder of the notebooks; by default that of the source tree.
     """
     folder = folder or Path(vitad.__file__).parent.parent / "notebooks"
-    found = []
+    found, records = [], committed()
     for path in sorted(folder.glob("*.ipynb")):
         for cell in json.loads(path.read_text())["cells"]:
             if cell["cell_type"] == "code":
-                found += [replace(c, chapter=path.stem) for c in in_code("".join(cell["source"]))]
+                found += [replace(c, chapter=path.stem) for c in in_code("".join(cell["source"]), records)]
     return found
 
 
-def in_code(source: str) -> Iterator[Claim]:
-    """The claims that a cell makes; calls of `claim` may stand anywhere in it.
+def in_code(source: str, records: list[Record] | None = None) -> Iterator[Claim]:
+    """The claims that a cell makes; calls of `claim` may stand anywhere in it. `records` as in `runs_of`.
 
     Raises
     ------
@@ -281,7 +292,7 @@ def in_code(source: str) -> Iterator[Claim]:
                 given = eval(  # names outside of the vocabulary do not exist there
                     compile(ast.Expression(node), "<claim>", "eval"),
                     {"__builtins__": {}},
-                    VOCABULARY | {"claim": _made},
+                    VOCABULARY | {"claim": _made, "runs_of": partial(runs_of, records=records)},
                 )
             except NameError as e:
                 raise UserError(f"{ast.unparse(node)}: {e}. Use literals and the functions of vitad.claims.") from e

@@ -70,7 +70,7 @@ def review(
         began = time.monotonic()
         again = runs.run(request, out / request.folder)
         pace = max(time.monotonic() - began, 0.1) / seconds  # this machine against that of the records
-        same = runs.committed_seeds(request) + runs.on_other_processors(request)
+        same = runs.committed_seeds(request, every) + runs.on_other_processors(request)
         tolerance = {metric: expected(same, metric)[1] for metric in METRICS}
         resting = [c for c in of_book if hash_of(record) in c.evidence.rests_on]
         found.append(Repeated(record, again, tolerance, resting))

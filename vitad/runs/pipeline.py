@@ -29,7 +29,6 @@ from vitad.runs.machine import environment, find_device, git_state
 from vitad.runs.record import Record, committed_seeds, write_record
 from vitad.runs.request import AUTO, Request
 from vitad.settings import resolve
-from vitad.show import plots
 from vitad.training import autocast, train
 
 PRO_LIMIT = 0.3
@@ -286,6 +285,8 @@ def _timings(clock: Clock, history: list[dict], n_test: int) -> dict[str, float]
 
 
 def _draw_heatmaps(path: Path, test: ImageSet, maps: np.ndarray, scores: np.ndarray) -> None:
+    from vitad.show import plots  # brings matplotlib, which nobody needs who only reads records
+
     categories = dict.fromkeys(test.categories.tolist())
     n_each, chosen = 1 if len(categories) > 1 else 2, []
     for category in categories:

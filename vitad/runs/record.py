@@ -53,9 +53,12 @@ def committed(dataset: str | None = None, results: Path | None = None) -> list[R
     return [r for r in records if dataset in (None, r["dataset"])]
 
 
-def committed_seeds(request: Request) -> list[Record]:
-    """Committed records of this run with any seed, sorted by seed. The data need not be there."""
-    return _any_seed(request, committed(request.dataset))
+def committed_seeds(request: Request, records: list[Record] | None = None) -> list[Record]:
+    """Committed records of this run with any seed, sorted by seed. The data need not be there.
+
+    Who asks for many runs reads `committed()` once, and gives it as `records`.
+    """
+    return _any_seed(request, committed() if records is None else records)
 
 
 def on_other_processors(request: Request) -> list[Record]:

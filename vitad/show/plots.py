@@ -218,6 +218,9 @@ def _grid(rows: int, columns: int, width: float) -> tuple[Figure, np.ndarray]:
     axes = fig.subplots(rows, columns, squeeze=False)
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
+        axis.xaxis.set_visible(False)  # the same picture, laid out and drawn in less time
         for spine in axis.spines.values():
             spine.set_visible(False)
+    for axis in axes[:, 1:].flat:
+        axis.yaxis.set_visible(False)  # the first column has labels
     return fig, axes
