@@ -61,6 +61,9 @@ def test_each_kind_of_evidence():
     assert by_all_metrics(above, knn, cae).holds and not by_all_metrics(above, knn, runs_of("vitmem")).holds
     with pytest.raises(UserError, match="no committed record of patchknn-toy-weave"):
         runs_of("patchknn", category="weave")
+    (missing,) = in_code('claim("It is better on cloth.", at_least(runs_of("patchknn", category="weave"), "pro", 0.5))')
+    assert missing.sentence == "It is better on cloth." and not missing.evidence.holds
+    assert missing.evidence.numbers.startswith("no committed record of patchknn-toy-weave")
 
 
 def test_a_bound_on_what_a_step_gains():

@@ -57,6 +57,10 @@ class ClaimError(AssertionError):
     """The records do not support a sentence."""
 
 
+class MissingRecords(UserError):
+    """A claim speaks of runs that have no committed record."""
+
+
 def claim(sentence: str, evidence: Evidence, before: str = "") -> Any:
     """Show a sentence with its numbers, if the records support it.
 
@@ -113,13 +117,13 @@ def runs_of(
 
     Raises
     ------
-    UserError
+    MissingRecords
         There are no such records.
     """
     asked = Request(method, dataset, **request)
     found = committed_seeds(asked, records)[:seeds]
     if not found:
-        raise UserError(f"no committed record of {asked.name}.")
+        raise MissingRecords(f"no committed record of {asked.name}")
     return Runs(name or method, tuple(found))
 
 
@@ -277,6 +281,8 @@ def of_the_book(folder: Path | None = None) -> list[Claim]:
 def in_code(source: str, records: list[Record] | None = None) -> Iterator[Claim]:
     """The claims that a cell makes; calls of `claim` may stand anywhere in it. `records` as in `runs_of`.
 
+    One whose records are missing does not hold.
+
     Raises
     ------
     UserError
@@ -296,6 +302,8 @@ def in_code(source: str, records: list[Record] | None = None) -> Iterator[Claim]
                 )
             except NameError as e:
                 raise UserError(f"{ast.unparse(node)}: {e}. Use literals and the functions of vitad.claims.") from e
+            except MissingRecords as e:
+                given = _made(ast.literal_eval(node.args[0]), Evidence(False, str(e), frozenset()))
             yield given
 
 
