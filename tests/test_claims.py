@@ -19,6 +19,7 @@ from vitad.claims import (
     claim,
     counted,
     gains_at_most,
+    in_code,
     interaction_undecided,
     near_chance,
     of_category,
