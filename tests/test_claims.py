@@ -73,6 +73,7 @@ def test_a_bound_on_what_a_step_gains():
     assert gains_at_most(cae, knn, "image_auroc", 0.0).holds  # it loses
     once = gains_at_most(runs_of("patchknn", seeds=1), runs_of("l2cae", seeds=1), "image_auroc", 1.0)
     assert not once.holds  # one seed decides nothing
+    assert by_all_metrics(gains_at_most, knn, knn, 0.0).holds and not by_all_metrics(gains_at_most, knn, cae, 0.0).holds
 
 
 def test_one_category_and_one_kind_of_a_model_of_all():

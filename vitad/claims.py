@@ -176,9 +176,9 @@ def near_chance(runs: Runs, metric: str = "image_auroc", margin: float = 0.1) ->
     return _evidence(abs(found.value - 0.5) <= margin, _shown(runs, metric), runs)
 
 
-def by_all_metrics(comparison: Callable[[Runs, Runs, str], Evidence], first: Runs, second: Runs) -> Evidence:
-    """A comparison, `above` or `undecided`, holds by each of the four metrics."""
-    return all_of(*(comparison(first, second, metric) for metric in METRICS))
+def by_all_metrics(comparison: Callable[..., Evidence], first: Runs, second: Runs, *value: float) -> Evidence:
+    """A comparison, `above`, `undecided` or `gains_at_most` with its `value`, holds by each of the four metrics."""
+    return all_of(*(comparison(first, second, metric, *value) for metric in METRICS))
 
 
 def interaction_undecided(both: Runs, first: Runs, second: Runs, neither: Runs, metric: str) -> Evidence:
