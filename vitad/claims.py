@@ -156,6 +156,7 @@ def undecided(first: Runs, second: Runs, metric: str) -> Evidence:
 
 def gains_at_most(first: Runs, second: Runs, metric: str, value: float) -> Evidence:
     """The first is better by no more than `value`: the 95 % interval of the paired difference lies at or below it."""
+    first, second = _common_seeds(first, second)
     found = difference(first.records, second.records, metric)
     return _of_difference(found.n_seeds > 1 and found.high <= value, found, first, second, metric)
 
@@ -205,8 +206,21 @@ def all_of(*evidence: Evidence) -> Evidence:
 
 
 def _compared(first: Runs, second: Runs, metric: str, verdict: str) -> Evidence:
+    first, second = _common_seeds(first, second)
     found = difference(first.records, second.records, metric)
     return _of_difference(found.verdict == verdict, found, first, second, metric)
+
+
+def _common_seeds(first: Runs, second: Runs) -> tuple[Runs, Runs]:
+    """Both without the seeds that only one has, since a difference is paired; as they are where none is common."""
+    common = {r["seed"] for r in first.records} & {r["seed"] for r in second.records}
+    if not common:
+        return first, second
+
+    def kept(runs: Runs) -> Runs:
+        return replace(runs, records=tuple(r for r in runs.records if r["seed"] in common))
+
+    return kept(first), kept(second)
 
 
 def _of_difference(holds: bool, found: Difference, first: Runs, second: Runs, metric: str) -> Evidence:

@@ -77,7 +77,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "encoder": "test_vit",
         "pretrained": False,
         "image_size": 64,
-        "epochs": 2,
+        "epochs": 1,
         "seg_sigma": 1.0,
         "det_sigma": 2.5,
         "amp": False,

@@ -99,7 +99,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "depth": 6,
         "image_size": 64,
         "items": 20,
-        "epochs": 2,
+        "epochs": 1,
         "sigma": 1.0,
         "amp": False,
     },
