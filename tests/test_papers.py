@@ -172,7 +172,7 @@ def test_committed_records_fill_the_ablation_on_toy_and_tiles():
         assert set(frame["verdict"]) == {"not comparable"}
         (first,) = committed_seeds(Request("vitmem", dataset, preset=tables.USUAL_PRESETS[dataset]))[:1]
         assert first["dataset"] == dataset
-    own = [r["metrics"]["pro"] for r in committed_seeds(Request("vitmem", "toy", overrides={"memory": False}))]
+    own = [r["metrics"]["pro"] for r in committed_seeds(Request("vitmem", "toy", overrides={"memory": False}))[:3]]
     assert cell(cells(Reproduction("yang2024-6", "toy"), found), "average", "Base + CA", "pro")[
         "reproduced"
     ] == pytest.approx(100 * np.mean(own))

@@ -233,11 +233,11 @@ def test_a_run_that_was_cut_off_in_its_final_folder_goes_on(tmp_path):
 
 
 def test_slurm_gets_the_commands_of_the_runs_that_are_missing(tmp_path):
-    """Dry runs of a table on toy, of which results/ has three seeds; Slurm gives out GPUs itself."""
-    asked = Reproduction("yang2024-6", dataset="toy", seeds=4).requests
+    """Dry runs of a table on toy, of which results/ has ten seeds; Slurm gives out GPUs itself."""
+    asked = Reproduction("yang2024-6", dataset="toy", seeds=11).requests
     missing = [r for r in asked if r.hash not in by_hash()]
     assert 0 < len(missing) < len(asked)
-    words = ["--dry-run", "--printshellcmds", "--config", "table=yang2024-6", "dataset=toy", "seeds=4"]
+    words = ["--dry-run", "--printshellcmds", "--config", "table=yang2024-6", "dataset=toy", "seeds=11"]
     done = sweep(tmp_path, "--profile", ROOT / "workflow" / "profiles" / "slurm", "--executor", "slurm", *words)
     assert done.returncode == 0, done.stdout
     assert done.stdout.count("job.py 0 runs/.unfinished/") == len(missing)
