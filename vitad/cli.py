@@ -330,7 +330,10 @@ def _data_options(command: argparse.ArgumentParser) -> None:
 
     defaults = ", ".join(f"{n}: {d.default_category}" for n, d in DATASETS.items() if d.default_category)
     variables = "".join(f", or for {n} {d.variable}" for n, d in DATASETS.items() if d.variable)
-    command.add_argument("--category", help=f"one of the folders of the data set, or all; default of {defaults}")
+    command.add_argument(
+        "--category",
+        help=f"a folder of the data set, several joined with + for one model, or all; default of {defaults}",
+    )
     command.add_argument("--split", help=_splits())
     command.add_argument(
         "--data-root",

@@ -152,7 +152,7 @@ def describe(split: Split) -> str:
             chosen = in_category & (test.defects == kind)
             with_mask = str(test.masks[chosen].any((1, 2)).sum()) if test.has_masks and kind != "good" else ""
             rows.append((category, "test", kind, str(chosen.sum()), with_mask))
-    columns = rows if split.category == ALL else [row[1:] for row in rows]
+    columns = rows if len(set(test.categories)) > 1 else [row[1:] for row in rows]
 
     widths = [max(map(len, column)) for column in zip(*columns, strict=True)]
     aligned = ["<"] * (len(widths) - 2) + [">"] * 2

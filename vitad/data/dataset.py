@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from vitad.data.samples import Split
 
 ALL = "all"  # as a category: all of them together, for one model
+JOIN = "+"  # between categories that share one model
 VARIABLE = "VITAD_DATA"  # names the folder that holds the data sets, each in a folder of its name
 
 Records = tuple[list[Record], list[Record]]  # training, test
@@ -96,6 +97,12 @@ class Dataset:
         """All categories, [None] where there are none. Those of a user's images are looked up in `root`."""
         return list(self.published) or [None]
 
+    def members(self, category: str | None, root: Path | None = None) -> list[str | None]:
+        """The categories that a resolved name stands for: itself, all, or several that are joined with `+`."""
+        if category == ALL:
+            return self.categories(root)
+        return list(category.split(JOIN)) if category and self.published else [category]
+
     def groups(self, paths: Sequence[str]) -> list[str]:
         """The item that each image shows, by their paths below the folder; here each image shows another one."""
         return list(paths)
@@ -103,7 +110,8 @@ class Dataset:
     def resolve(self, category: str | None = None, split: str | None = None) -> tuple[str | None, str | None]:
         """Category and split with the defaults filled in; looks at no file.
 
-        Categories of published sets come out as their folders are called: "Metal nut" as `metal_nut`.
+        Categories of published sets come out as their folders are called: "Metal nut" as `metal_nut`. Several for one
+        model are joined with `+` and come out in the order of the data set: "pill+Bottle" as `bottle+pill`.
 
         Raises
         ------
@@ -129,8 +137,7 @@ class Dataset:
     def counts(self, category: str | None = None, split: str | None = None) -> tuple[int, int] | None:
         """(training images, test images), as published or generated; None where nobody has counted them."""
         category, split = self.resolve(category, split)
-        chosen = self.categories() if category == ALL else [category]
-        published = [self.published.get(one, {}) for one in chosen]
+        published = [self.published.get(one, {}) for one in self.members(category)]
         if not all(("train", "good") in counts for counts in published):
             return None
         train = sum(counts["train", "good"] for counts in published)
@@ -149,7 +156,7 @@ class Dataset:
         """`records` of one category or of all, each with the `category` that it is from."""
         train: list[Record] = []
         test: list[Record] = []
-        for one in self.categories(root) if category == ALL else [category]:
+        for one in self.members(category, root):
             label = f"{self.name}/{one}" if one else self.name
             for records, more in zip((train, test), self.records(root, one, split), strict=True):
                 records += [replace(r, category=label, texture=one in self.textures) for r in more]
@@ -193,10 +200,13 @@ class Dataset:
         if category == ALL:
             return ALL if len(choices) > 1 else choices[0]
         by_letters = {_letters(choice): choice for choice in choices}
-        letters = self.spellings.get(_letters(category), _letters(category))
-        if letters not in by_letters:
-            raise unknown(f"category of {self.name}", category, choices)
-        return by_letters[letters]
+        chosen = set()
+        for one in category.split(JOIN):
+            letters = self.spellings.get(_letters(one), _letters(one))
+            if letters not in by_letters:
+                raise unknown(f"category of {self.name}", one, choices)
+            chosen.add(by_letters[letters])
+        return ALL if 1 < len(chosen) == len(choices) else JOIN.join(str(c) for c in choices if c in chosen)
 
     def _resolve_split(self, split: str | None) -> str | None:
         if self.splits:

@@ -118,9 +118,7 @@ def _rows(table: Reproduction, numbers: pd.DataFrame) -> dict[str | None, list[s
 
 def _tested(request: Request) -> list[str | None]:
     """Categories that a run is tested on."""
-    if request.category == data.ALL:
-        return data.get(request.dataset).categories()
-    return [request.category]
+    return data.get(request.dataset).members(request.category)
 
 
 def _metrics_by_category(record: Record) -> dict[str | None, dict[str, float | None]]:

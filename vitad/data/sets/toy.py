@@ -24,7 +24,6 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 from tqdm import tqdm
 
-from vitad.data.dataset import ALL
 from vitad.data.sets.folder import MVTecLayout
 from vitad.errors import UserError
 from vitad.files import cache_dir
@@ -59,7 +58,7 @@ class Toy(MVTecLayout):
     def counts(self, category: str | None = None, split: str | None = None) -> tuple[int, int] | None:
         """(training images, test images) as generated."""
         category, _ = self.resolve(category, split)
-        chosen = list(DEFECTS) if category == ALL else [str(category)]
+        chosen = [str(one) for one in self.members(category)]
         if not set(chosen) <= DEFECTS.keys():
             return None
         return N_TRAIN * len(chosen), sum(N_GOOD + N_DEFECT * len(DEFECTS[one]) for one in chosen)
