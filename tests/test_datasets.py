@@ -174,16 +174,18 @@ def test_the_table_of_several_categories_names_them(toy_root, roots):
     assert ["toy/gear", "test", "misplaced", "2", "2"] in [line.split() for line in lines]
 
 
-def test_several_categories_for_one_model(toy_root):
-    joined = data.load("toy", toy_root, "weave+gear", image_size=32)
-    assert joined.category == "gear+weave"  # in the order of the data set
-    assert set(joined.test.categories) == {"toy/gear", "toy/weave"}
-    alone = [data.load("toy", toy_root, one, image_size=32) for one in ("gear", "weave")]
+def test_several_categories_for_one_model(roots):
+    every = data.get("btad").categories()
+    first, *_, last = every
+    joined = data.load("btad", roots["btad"], f"{last}+{first}", image_size=32)
+    assert joined.category == f"{first}+{last}"  # in the order of the data set
+    assert set(joined.test.categories) == {f"btad/{first}", f"btad/{last}"}
+    alone = [data.load("btad", roots["btad"], one, image_size=32) for one in (first, last)]
     assert len(joined.train) == sum(len(one.train) for one in alone)
-    assert data.describe(joined).startswith("toy gear+weave, 32x32 px\ncategory")
-    assert data.get("toy").resolve("grain+gear+weave") == ("all", None)
-    with pytest.raises(UserError, match="gera"):
-        data.load("toy", toy_root, "weave+gera", image_size=32)
+    assert data.describe(joined).startswith(f"btad {first}+{last}, 32x32 px\ncategory")
+    assert data.get("btad").resolve("+".join(every)) == ("all", None)
+    with pytest.raises(UserError, match="04"):
+        data.load("btad", roots["btad"], f"{first}+04", image_size=32)
 
 
 def test_all_of_a_user_s_folder(toy_root):

@@ -201,7 +201,7 @@ class Dataset:
             return ALL if len(choices) > 1 else choices[0]
         by_letters = {_letters(choice): choice for choice in choices}
         chosen = set()
-        for one in category.split(JOIN):
+        for one in str(category).split(JOIN):
             letters = self.spellings.get(_letters(one), _letters(one))
             if letters not in by_letters:
                 raise unknown(f"category of {self.name}", one, choices)
