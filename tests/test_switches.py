@@ -673,6 +673,25 @@ def test_patchknn_keeps_the_given_number_of_patches(gears):
     assert [len(model.bank) for model in (usual, other)] == [12 * 16, 20]
 
 
+@covers("patchknn", "rotations")
+def test_patchknn_turns_the_training_images_in_the_given_number_of_steps(gears):
+    usual, other = changed("patchknn", "rotations", 2)
+    for model in (usual, other):
+        model.prepare(gears.train, CPU)
+    assert [len(model.bank) for model in (usual, other)] == [12 * 16, 2 * 12 * 16]
+    assert torch.equal(other.bank[: 12 * 16], usual.bank)  # those of the images as they are
+
+
+@covers("patchknn", "mask")
+def test_patchknn_can_leave_the_background_out(gears, monkeypatch):
+    half = torch.arange(4.0).expand(1, 1, 4, 4) > 1.5
+    monkeypatch.setattr(methods.get("patchknn"), "foreground", lambda tokens, grid: half)
+    usual, other = changed("patchknn", "mask", "pca", sigma=0)
+    maps = [anomaly_map(model, gears) for model in (usual, other)]
+    assert maps[1][..., :24].max() == 0 < maps[0][..., :24].min()
+    torch.testing.assert_close(*(m[..., 40:] for m in maps))
+
+
 @covers("patchknn", "sampling")
 def test_a_coreset_leaves_no_training_patch_far_from_the_bank(gears):
     def farthest(model):

@@ -61,7 +61,7 @@ class Request:
     >>> request == Request("patchknn", preset="smoke", overrides=["sigma=2.0"])
     True
     >>> request.name
-    'patchknn-sigma_7689c009-toy-gear-smoke-s0'
+    'patchknn-sigma_20cbd473-toy-gear-smoke-s0'
     """
 
     method: str

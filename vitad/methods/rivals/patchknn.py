@@ -2,9 +2,12 @@
 
 In the manner of PatchCore (Roth et al. 2022, CVPR, arXiv 2106.08265) with the tokens of a frozen DINOv2, as in
 AnomalyDINO (Damm et al. 2025, WACV, arXiv 2405.14529). It shows what frozen features give without any learning, so it
-is the reference for every trained method of the book.
+is the reference for every trained method of the book. Two switches give it what AnomalyDINO has besides: turned copies
+of the training images (`rotations`), and a background of the test images that does not count (`mask`).
 """
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -34,9 +37,13 @@ class Settings:
     pretrained: bool = True
     image_size: int = 448  # AnomalyDINO: shorter side; a square here
     blocks: tuple[int, ...] = (4, 6, 8)  # ours: middle blocks keep the detail that the last ones give up
-    bank_size: int = 40_000  # ours: patches kept; all of them if there are fewer
+    rotations: int = 1  # ours: training images as they are; AnomalyDINO: 8, turned in steps of 45 degrees as well
+    bank_size: int = 40_000  # ours: patches drawn from all, turned ones included; AnomalyDINO: all of them
     sampling: Literal["random", "coreset"] = "random"  # PatchCore: coreset, the greedy k-centre choice
-    score: Literal["top1", "max"] = "top1"  # AnomalyDINO: mean of the highest 1 %; PatchCore: max
+    mask: Literal["off", "pca"] = "off"  # ours; AnomalyDINO: pca where it looks right, 5 of 15 categories of MVTec AD
+    score: Literal["top1", "max"] = (
+        "top1"  # AnomalyDINO: mean of the highest 1 % of patches, here of pixels; PatchCore: max
+    )
     sigma: float = 4.0  # both: smoothing of the map, px
     batch_size: int = 8
     amp: bool = True  # ours: mixed precision where it is faster
@@ -44,6 +51,15 @@ class Settings:
 
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
+    # AnomalyDINO's code with all training images and its option "agnostic", which knows of a category only whether a
+    # mask looks right. What stays ours: the image is a square and turned after it is resized; the score is that of
+    # pixels of the smoothed map.
+    "anomalydino": {
+        "blocks": (12,),  # AnomalyDINO, code: the last block
+        "rotations": 8,  # AnomalyDINO, code: "agnostic" turns the images of all categories
+        "mask": "pca",  # AnomalyDINO, code: capsule, hazelnut, pill, screw, toothbrush; elsewhere set mask=off
+        "bank_size": 4_000_000,  # AnomalyDINO, code: all; hazelnut, the largest of MVTec AD, has 391 x 8 x 1,024
+    },
     "small": {"image_size": 224},
     "demo": {"image_size": 224, "bank_size": 10_000},
     "smoke": {
@@ -55,8 +71,16 @@ PRESETS: dict[str, dict[str, Any]] = {
         "amp": False,
     },
 }
-VARIANTS: dict[str, dict[str, Any]] = {"full": {}}
+# Each adds one idea of AnomalyDINO to the presets that lack it.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "rotations": {"rotations": 8},
+    "masking": {"mask": "pca"},
+    "large": {"image_size": 448},
+}
 CHUNK = 8192  # patches of the bank that are compared at a time: limits the memory, keeps the matrix product large
+HELD_BYTES = 8 * 2**30  # limit of the patches that are held at once while the bank is filled
+FOREGROUND = 10.0  # AnomalyDINO, code: of the first principal component; suits the tokens of a DINOv2
 
 
 class Model(Method):
@@ -78,7 +102,12 @@ class Model(Method):
             raise UserError(f"blocks={s.blocks}: {s.backbone} has blocks 1 to {depth}.")
         if s.bank_size < 1:
             raise UserError(f"bank_size={s.bank_size} has to be at least 1.")
+        if s.rotations < 1:
+            raise UserError(f"rotations={s.rotations} has to be at least 1, images as they are. AnomalyDINO has 8.")
+        self.blocks = sorted(set(s.blocks))
         self.register_buffer("bank", torch.zeros(0, self.backbone.embed_dim))
+        if s.mask == "pca":  # True where a material fills the training images, so that nothing is background
+            self.register_buffer("everywhere", torch.tensor(False))
         self.protocol = {
             "normalisation": "imagenet",
             "smoothing": f"Gaussian, sigma {s.sigma} px",
@@ -86,32 +115,69 @@ class Model(Method):
             "checkpoint": "nothing is trained",
         }
 
-    @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
         """Images (B,3,S,S) -> features (B,N,D) of unit length.
 
         The mean of the tokens of the chosen blocks, each after the last layer norm.
         """
+        return self._unit_mean(self._tokens(images, self.blocks))
+
+    @torch.no_grad()
+    def _tokens(self, images: Tensor, blocks: list[int]) -> list[Tensor]:
+        """Images (B,3,S,S) -> tokens (B,N,D) of each of the given blocks, in ascending order."""
         self.backbone.eval()
         with autocast(images.device, self.settings.amp):
-            tokens = intermediate(self.backbone, normalise(images), sorted(self.settings.blocks))
-        mean = torch.stack(tokens).float().mean(0)  # (B,N,D)
-        return F.normalize(mean, dim=-1)
+            tokens = intermediate(self.backbone, normalise(images), blocks)
+        return [t.float() for t in tokens]
+
+    def _unit_mean(self, tokens: list[Tensor]) -> Tensor:
+        return F.normalize(torch.stack(tokens).mean(0), dim=-1)
+
+    def _look(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Images (B,3,S,S) -> features (B,N,D), and what is foreground (B,1,h,w) bool; each block is computed once."""
+        tokens = self._tokens(images, sorted({*self.blocks, len(self.backbone.blocks)}))
+        mask = foreground(tokens[-1], self.backbone.patch_embed.grid_size) | self.everywhere
+        return self._unit_mean(tokens[: len(self.blocks)]), mask
 
     def prepare(self, images: ImageSet, device: torch.device) -> None:
-        """Fill the bank with patches of the training images."""
-        s, n = self.settings, len(images)
-        patches = []
-        for i in tqdm(range(0, n, s.batch_size), "memory bank", unit="batch", leave=False):
-            batch = images.batch(range(i, min(i + s.batch_size, n)), device)
-            patches.append(self.features(batch["image"]).flatten(0, 1))
-        every = torch.cat(patches)  # (n * N, D)
-        size, random = min(s.bank_size, len(every)), generator(self.seed, "bank")
+        """Fill the bank with patches of the training images and of their turned copies.
+
+        A random choice is drawn before the patches are computed, so that the others take no memory. Raises `UserError`
+        where those that have to be held at once take too much.
+        """
+        s, n, N, D = self.settings, len(images), self.backbone.patch_embed.num_patches, self.backbone.embed_dim
+        total = s.rotations * n * N
+        size, random = min(s.bank_size, total), generator(self.seed, "bank")
+        held = torch.arange(total)  # numbers of patches; those of images as they are come first, as without copies
         if s.sampling == "random":
-            chosen = torch.randperm(len(every), generator=random)[:size].sort().values.to(device)
-        else:
-            chosen = greedy_coreset(every, size, random)
-        self.bank = every[chosen]
+            held = torch.randperm(total, generator=random)[:size].sort().values
+        if (taken := 4 * D * len(held)) > HELD_BYTES:
+            lower = {"random": "Lower bank_size", "coreset": "Use sampling=random, or lower rotations or image_size"}
+            raise UserError(
+                f"bank_size={s.bank_size}, sampling={s.sampling}: {len(held)} patches have to be held at once, "
+                f"{taken / 2**30:.1f} GiB, more than {HELD_BYTES / 2**30:.1f}. {lower[s.sampling]}."
+            )
+        patches = torch.empty(len(held), D, device=device)
+        for i in tqdm(range(0, n, s.batch_size), "memory bank", unit="batch", leave=False):
+            batch = images.batch(range(i, min(i + s.batch_size, n)), device)["image"]
+            for k, turned in enumerate(turns(batch, s.rotations)):
+                first = (k * n + i) * N  # number of the first patch of these images
+                low, high = torch.searchsorted(held, torch.tensor([first, first + len(batch) * N])).tolist()
+                chosen = (held[low:high] - first).to(device)
+                patches[low:high] = self.features(turned).flatten(0, 1)[chosen]
+        self.bank = patches if s.sampling == "random" else patches[greedy_coreset(patches, size, random)]
+        if s.mask == "pca":  # one model for several categories cannot tell of which of them a test image is
+            self.everywhere.fill_(bool(images.textures.any()))
+
+    def observe(self, images: ImageSet, device: torch.device) -> dict[str, int | float]:
+        """With a mask: the share of foreground in up to 32 training images, which is 1 where nothing is masked."""
+        s, n = self.settings, len(images)
+        if s.mask == "off":
+            return {}
+        some = range(0, n, math.ceil(n / 32))
+        parts = [some[i : i + s.batch_size] for i in range(0, len(some), s.batch_size)]
+        masks = [self._look(images.batch(part, device)["image"])[1] for part in parts]
+        return {"foreground": round(torch.cat(masks).float().mean().item(), 4)}
 
     def fill_for_timing(self) -> None:
         """Fill the bank with random unit vectors."""
@@ -119,13 +185,16 @@ class Model(Method):
         self.bank = F.normalize(bank)
 
     def anomaly_map(self, images: Tensor) -> Tensor:
-        """Images (B,3,S,S) -> maps (B,S,S): cosine distance to the nearest patch of the bank, upsampled, smoothed."""
-        tokens = self.features(images)
-        B, N, D = tokens.shape
+        """Images (B,3,S,S) -> maps (B,S,S): cosine distance to the nearest patch of the bank, upsampled, smoothed.
+
+        Patches of the background have the distance 0.
+        """
+        features, mask = (self.features(images), 1) if self.settings.mask == "off" else self._look(images)
+        B, N, D = features.shape
         with torch.autocast(images.device.type, enabled=False):  # half precision cannot tell cosines near 1 apart
-            nearest = [(tokens @ part.T).amax(-1) for part in self.bank.split(CHUNK)]  # (B,N) in each part
+            nearest = [(features @ part.T).amax(-1) for part in self.bank.split(CHUNK)]  # (B,N) in each part
             cosine = torch.stack(nearest).amax(0)  # (B,N)
-        distance = (1 - cosine).reshape(B, 1, *self.backbone.patch_embed.grid_size)
+        distance = (1 - cosine).reshape(B, 1, *self.backbone.patch_embed.grid_size) * mask
         maps = F.interpolate(distance, images.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
         return gaussian_blur(maps, self.settings.sigma)
 
@@ -156,3 +225,42 @@ def greedy_coreset(points: Tensor, size: int, random: torch.Generator, width: in
         distance = torch.minimum(distance, to_previous)  # (M,): to the nearest of the chosen ones
         chosen[k] = distance.argmax()
     return chosen
+
+
+def turns(images: Tensor, rotations: int) -> Iterator[Tensor]:
+    """Images (B,3,S,S), first as they are, then turned about their centre in `rotations` equal steps of a full turn.
+
+    What a turn moves into the corners mirrors the image, as in the code of AnomalyDINO.
+    """
+    yield images
+    for k in range(1, rotations):
+        angle = 2 * math.pi * k / rotations
+        cos, sin = math.cos(angle), math.sin(angle)
+        matrix = images.new_tensor([[cos, -sin, 0], [sin, cos, 0]]).expand(len(images), -1, -1)
+        grid = F.affine_grid(matrix, list(images.shape), align_corners=True)
+        yield F.grid_sample(images, grid, padding_mode="reflection", align_corners=True)
+
+
+def foreground(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Tokens (B,N,D) of the last block -> where the object is, (B,1,h,w) bool, after the code of AnomalyDINO.
+
+    A token is foreground where its first principal component, among the tokens of its image, is above `FOREGROUND`. The
+    sign of a component has no meaning: the one that puts more of the image's centre into the foreground is taken.
+    (AnomalyDINO changes the sign where that share is at most 35 %.) The mask is dilated and closed by 3 x 3 tokens, so
+    that its rim is wider where the image is smaller. Ours: where less than 5 % of the centre is foreground, no object is
+    found, and everything is foreground.
+    """
+    B, N, D = tokens.shape
+    h, w = grid
+    with torch.autocast(tokens.device.type, enabled=False):
+        centred = tokens - tokens.mean(1, keepdim=True)
+        _, axes = torch.linalg.eigh(centred.mT @ centred)  # (B,D,D), the last column is the first component
+        component = (centred @ axes[..., -1:]).reshape(B, 1, h, w)
+    both = torch.cat([component, -component], 1) > FOREGROUND  # (B,2,h,w)
+    top, left = h // 5, w // 5
+    centre = both[..., top : h - top, left : w - left].float().mean((2, 3))  # (B,2)
+    share, sign = centre.max(1)
+    mask = both[torch.arange(B, device=sign.device), sign, None].float()  # (B,1,h,w)
+    mask = F.max_pool2d(mask, 5, 1, 2)  # dilated twice by 3 x 3: once, and once to close it
+    mask = -F.max_pool2d(-mask, 3, 1, 1)  # eroded, which ends the closing
+    return (mask > 0) | (share < 0.05)[:, None, None, None]
