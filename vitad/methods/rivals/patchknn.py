@@ -41,9 +41,7 @@ class Settings:
     bank_size: int = 40_000  # ours: patches drawn from all, turned ones included; AnomalyDINO: all of them
     sampling: Literal["random", "coreset"] = "random"  # PatchCore: coreset, the greedy k-centre choice
     mask: Literal["off", "pca"] = "off"  # ours; AnomalyDINO: pca where it looks right, 5 of 15 categories of MVTec AD
-    score: Literal["top1", "max"] = (
-        "top1"  # AnomalyDINO: mean of the highest 1 % of patches, here of pixels; PatchCore: max
-    )
+    score: Literal["top1", "max"] = "top1"  # AnomalyDINO: mean of the highest 1 %, of patches; PatchCore: max
     sigma: float = 4.0  # both: smoothing of the map, px
     batch_size: int = 8
     amp: bool = True  # ours: mixed precision where it is faster
@@ -247,8 +245,8 @@ def foreground(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
     A token is foreground where its first principal component, among the tokens of its image, is above `FOREGROUND`. The
     sign of a component has no meaning: the one that puts more of the image's centre into the foreground is taken.
     (AnomalyDINO changes the sign where that share is at most 35 %.) The mask is dilated and closed by 3 x 3 tokens, so
-    that its rim is wider where the image is smaller. Ours: where less than 5 % of the centre is foreground, no object is
-    found, and everything is foreground.
+    that its rim is wider where the image is smaller. Ours: where less than 5 % of the centre is foreground, no object
+    is found, and everything is foreground.
     """
     B, N, D = tokens.shape
     h, w = grid
