@@ -1,6 +1,7 @@
 """Synthetic damage, for methods that learn from normal images only.
 
-The kind `perlin` is DRAEM's recipe (`draem.py`). The others are ours, after what real surfaces have (`surface.py`).
+The kind `perlin` is DRAEM's recipe (`draem.py`). The others are ours: five after what real surfaces have
+(`surface.py`), and `anything` for those who do not know what to expect (`anything.py`).
 
 A kind of damage is a function (settings, rng, images, rows, within) -> (pixels, paint). Its images are `images[rows]`,
 K of them; `within` (K,H,W) says where damage is allowed, None: everywhere. It returns the list of pixels that the
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vitad.data.synthesis.anything import anything
 from vitad.data.synthesis.draem import perlin, turned
 from vitad.data.synthesis.foreground import foreground_mask, foregrounds
 from vitad.data.synthesis.noise import perlin_noise
@@ -179,4 +181,5 @@ KINDS: dict[str, Kind] = {
     "patch": patch,
     "fray": fray,
     "paste": paste,
+    "anything": anything,
 }

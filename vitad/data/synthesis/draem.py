@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from vitad.data.synthesis.noise import perlin_noise
-from vitad.data.synthesis.pixels import Paint, Pixels, keep, pick, pixels_above, to_device
+from vitad.data.synthesis.pixels import Paint, Pixels, is_grey, keep, pick, pixels_above, to_device
 from vitad.data.synthesis.recolouring import Recolouring
 from vitad.data.synthesis.textures import texture_bank
 
@@ -41,9 +41,7 @@ def perlin(
     def paint(s: Tensor, y: Tensor, x: Tensor, before: Tensor) -> Tensor:
         texture = recolouring(bank, textures, s, y, x)  # (3,P)
         if settings.keep_grey:
-            sample = images[:, :, ::8, ::8]  # enough to tell a grey image from a coloured one
-            grey = (sample == sample[:, :1]).flatten(1).all(1)
-            texture = torch.where(grey[rows][s], texture.mean(0), texture)
+            texture = torch.where(is_grey(images)[rows][s], texture.mean(0), texture)
         return torch.lerp(texture, before, pick(beta, s))
 
     return pixels, paint

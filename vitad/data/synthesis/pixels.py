@@ -49,6 +49,12 @@ def pick(values: Tensor, indices: Tensor) -> Tensor:
     return values.index_select(-1, indices)
 
 
+def is_grey(images: Tensor) -> Tensor:
+    """(B,) bool: the images (B,3,H,W) without colour."""
+    sample = images[:, :, ::8, ::8]  # enough to tell them apart
+    return (sample == sample[:, :1]).flatten(1).all(1)
+
+
 def to_device(array: np.ndarray, device: torch.device | str, kind: type = float) -> Tensor:
     """Move a host array to the device, as float32, int64 or bool (`kind` is float, int or bool)."""
     dtype = {float: np.float32, int: np.int64, bool: np.bool_}[kind]
