@@ -4,13 +4,14 @@ In the manner of Kim & Kwon 2024, "Unsupervised Visual Anomaly Detection Using S
 IEEE Access 12, 127604-127613, DOI 10.1109/ACCESS.2024.3454753.
 
     image -> tokenizer T (frozen) -> tokens t_a -> reconstruction R -> tokens t_hat as they would be without anomaly
-    anomaly map = what the segmentation G makes of t_a and t_hat
+                                                -> memory           -> tokens t_m, the nearest of normal images
+    anomaly map = how far t_a is from t_hat and t_m, where the segmentation G marks what it sees of the three
 
 The paper's, from its abstract, all that is public to us: the frozen self-supervised ViT as image tokenizer, the masked
 language model as model, R that predicts anomaly-free patch tokens, G that segments from both kinds of tokens, and
-that only R and G are trained. Ours: every layer, number, loss and kind of damage below, in short a DRAEM
-(Zavrtanik et al. 2021) whose images are tokens. It is no reproduction. The file is long because the training pairs are
-cached: the frozen tokens of the images, and of a pool of damaged ones.
+that only R and G are trained. Ours: the memory, every layer, number, loss and kind of damage below, in short a DRAEM
+(Zavrtanik et al. 2021) whose images are tokens, beside a PatchCore (Roth et al. 2022). It is no reproduction. The file
+is long because the training pairs are cached: the frozen tokens of the images, and of a pool of damaged ones.
 """
 
 import math
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
+import numpy as np
 import torch
 from numpy import ndarray
 from torch import Tensor, nn
@@ -38,26 +40,28 @@ from vitad.training import Phase, autocast, warm_up_then_cosine
 PAPER = "in the manner of Kim & Kwon 2024, IEEE Access 12, 127604-127613"
 CATEGORY = None
 CACHE_BYTES = 8 * 2**30  # of tokens and masks kept in the host's memory
-EPS = 1e-5  # probabilities stay this far from 0 and 1 in the losses
-AREA = 1e-3  # share of an image below which its damage weighs less in the balanced loss
+EPS = 1e-5  # probabilities stay this far from 0 and 1 in the loss
+AREA = 1e-3  # share of an image below which its damage weighs less in the loss
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything but the kind of tokenizer is ours."""
+    """Everything but the kind of tokenizer is ours. How it was chosen: experiments/select_ssltok.py."""
 
     tokenizer: str = DINOV2_S14  # abstract: a self-supervised ViT
     pretrained: bool = True  # abstract
     image_size: int = 224
-    blocks: tuple[int, ...] = (12,)  # mean of their outputs, each after the last layer norm
-    standardise: bool = False  # each channel by mean and standard deviation over the training images
+    blocks: tuple[int, ...] = (4, 6, 8)  # mean of their outputs, each after the last layer norm
     # damage, see data/synthesis/
     damage: float = 0.5  # probability of an image to be damaged
-    kinds: tuple[str, ...] = ("perlin",)
-    mode: Literal["global", "local", "both"] = "global"
+    kinds: tuple[str, ...] = ("anything",)  # the kind that knows no data set
+    mode: Literal["global", "local", "both"] = "both"
     textures: str = "procedural"
-    keep_grey: bool = False
-    pool: int = 0  # fixed damaged versions of each image, whose tokens are cached too; 0: drawn anew in every step
+    keep_grey: bool = True  # a camera without colour sees no coloured damage
+    pool: int = 4  # fixed damaged versions of each image, whose tokens are cached too; 0: drawn anew in every step
+    # memory
+    remember: bool = True
+    bank_size: int = 10_000  # tokens of normal images that are kept, or all if there are fewer
     # reconstruction
     reconstruct: bool = True
     mask_max: float = 0.5  # share of the tokens that are masked: U(0, mask_max) for each image
@@ -68,70 +72,34 @@ class Settings:
     # segmentation
     segment: bool = True
     seg_width: int = 256
-    seg_loss: Literal["focal", "balanced"] = "focal"  # balanced: half of it is for the damage
-    use_diff: bool = True
-    detach_rec: bool = False  # on: the segmentation loss does not reach R
     # training
     epochs: int = 100
     min_steps: int = 5000  # more epochs where 100 make fewer steps
     batch_size: int = 16
-    lr: float = 1e-4
-    weight_decay: float = 0.05
+    lr: float = 1e-3
+    weight_decay: float = 0.05  # biases and norms do not decay
     warm_up: float = 0.05  # share of the steps
     # score
-    hidden_parts: int = 0  # the tokens are hidden in so many parts in turn, and predicted unseen; 0: all are seen
-    product: bool = False  # map times the distance of given and predicted tokens: marked by both networks
     sigma: float = 4.0  # smoothing of the map, px
-    score: Literal["window", "top"] = "window"  # window: highest mean over a square, as DRAEM; top: mean of the highest
-    window: int = 21  # side of the square, px
-    top: float = 0.01  # share of the map
-    amp: bool = True  # ours: mixed precision where it is faster
+    top: float = 0.01  # share of the map whose mean is the image score
+    amp: bool = True  # mixed precision where it is faster
 
 
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
-    # For two cores: a pool of damage, narrow subnetworks, few steps; middle blocks keep what the last ones give up.
-    # Chosen on synthetic damage of held-out tiles: see experiments/select_ssltok.json.
-    "small": {
-        "blocks": (4, 6, 8),
-        "standardise": True,
-        "kinds": ("crack", "crack", "crack", "pit", "pit", "pit", "patch", "patch", "patch", "fray", "fray")
-        + ("perlin", "perlin", "paste"),
-        "keep_grey": True,
-        "pool": 3,
+    # For two cores: narrow subnetworks and few steps.
+    "small": {"width": 192, "depth": 2, "heads": 6, "seg_width": 64, "epochs": 10, "min_steps": 600},
+    # The same on smaller images, for less than a minute.
+    "demo": {
+        "image_size": 168,
         "width": 192,
         "depth": 2,
         "heads": 6,
         "seg_width": 64,
-        "seg_loss": "balanced",
-        "detach_rec": True,
         "epochs": 10,
-        "min_steps": 0,
-        "lr": 1e-3,
-        "product": True,
-        "score": "top",
-    },
-    # Chosen on the toy data of another seed: a part out of place looks normal; it shows where tokens are hidden.
-    "demo": {
-        "blocks": (4, 6, 8),
-        "image_size": 168,
-        "standardise": True,
-        "kinds": ("paste", "paste", "paste", "paste", "perlin", "crack", "pit", "patch"),
-        "pool": 4,
-        "width": 128,
-        "depth": 2,
-        "heads": 4,
-        "seg_width": 64,
-        "seg_loss": "balanced",
-        "detach_rec": True,
-        "epochs": 30,
-        "min_steps": 0,
+        "min_steps": 200,
         "batch_size": 8,
-        "lr": 1e-3,
-        "hidden_parts": 4,
-        "product": True,
         "sigma": 3.0,
-        "score": "top",
     },
     "smoke": {
         "tokenizer": "test_vit",
@@ -139,6 +107,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "image_size": 64,
         "blocks": (2, 4),
         "pool": 1,
+        "bank_size": 200,
         "width": 32,
         "depth": 1,
         "heads": 2,
@@ -146,7 +115,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "epochs": 2,
         "min_steps": 0,
         "sigma": 1.0,
-        "window": 5,
         "amp": False,
     },
 }
@@ -154,22 +122,25 @@ PRESETS: dict[str, dict[str, Any]] = {
 # Each takes one idea away.
 VARIANTS: dict[str, dict[str, Any]] = {
     "full": {},
-    "no_seg": {"segment": False},  # the map is the cosine distance of t_a and t_hat
-    "no_rec": {"reconstruct": False},  # G sees t_a alone
-    "no_mask": {"mask_max": 0.0, "hidden_parts": 0},  # without masks in training, hidden tokens cannot be predicted
+    "no_seg": {"segment": False},  # the map is the distance of t_a from t_hat and t_m
+    "no_rec": {"reconstruct": False},  # the memory and G, without t_hat
+    "no_mem": {"remember": False},  # R and G, without t_m
+    "no_mask": {"mask_max": 0.0},
     "no_synth": {"damage": 0.0, "segment": False},  # masking alone; without damage G has nothing to learn from
 }
 
 
 class Model(Method):
-    """Tokenizer, training pairs, losses and score, in that order; the two subnetworks follow below.
+    """Tokenizer, memory, training pairs, losses and score, in that order; the two subnetworks follow below.
 
     `weights` is the source of the tokenizer's weights, as in `backbones.vit`; without `pretrained` it is not used.
     """
 
     settings: Settings
+    revision = 2
     mean: Tensor
     std: Tensor
+    bank: Tensor
 
     def __init__(self, settings: Settings, weights: str | Path = "auto"):
         super().__init__()
@@ -184,6 +155,7 @@ class Model(Method):
         D, grid = self.tokenizer.embed_dim, self.tokenizer.patch_embed.grid_size
         self.register_buffer("mean", torch.zeros(D))
         self.register_buffer("std", torch.ones(D))
+        self.register_buffer("bank", torch.zeros(s.bank_size if s.remember else 0, D))  # a row of zeros is free
         self.synthesis = Synthesis(s.kinds, 1.0, s.mode, s.textures, keep_grey=s.keep_grey)
         self.reconstruction: Reconstruction | None = None
         self.segmentation: Segmentation | None = None
@@ -191,19 +163,19 @@ class Model(Method):
             with seeded(self.seed, "reconstruction"):
                 self.reconstruction = Reconstruction(D, math.prod(grid), s.width, s.depth, s.heads, s.dropout)
         if s.segment:
-            parts = 1 + s.reconstruct * (1 + s.use_diff)  # t_a, t_hat and their difference
+            parts = 1 + 2 * s.reconstruct + s.remember  # t_a, t_hat, and how far t_a is from t_hat and from t_m
             with seeded(self.seed, "segmentation"):
                 self.segmentation = Segmentation(parts * D, grid, s.seg_width, s.image_size)
         # From prepare():
         self.clean: Tensor | None = None  # (n,N,D) half: tokens of the training images
         self.pool: dict[str, Tensor] = {}  # `tokens` (pool,n,N,D) half and `mask` (pool,n,S,S): the damaged versions
+        self.nearest: Tensor | None = None  # (1+pool,n,N): row of the bank nearest to each token, of another item
+        self.items, self.owners = torch.zeros(0, dtype=torch.long), torch.zeros(0, dtype=torch.long)
         self.epochs = s.epochs
         self.protocol = {
             "normalisation": "imagenet",
             "smoothing": f"Gaussian, sigma {s.sigma} px",
-            "image_score": f"maximum of the map's mean over {s.window} x {s.window} px"
-            if s.score == "window"
-            else f"mean of the highest {s.top:.1%} of the map",
+            "image_score": f"mean of the highest {s.top:.1%} of the map",
             "checkpoint": "last epoch",
         }
 
@@ -220,6 +192,7 @@ class Model(Method):
         return torch.stack(outputs).float().mean(0)
 
     def _standard(self, tokens: Tensor) -> Tensor:
+        """Each channel by its mean and standard deviation over the training images."""
         return (tokens - self.mean) / self.std
 
     def train(self, mode: bool = True) -> Self:
@@ -227,6 +200,32 @@ class Model(Method):
         super().train(mode)
         self.tokenizer.eval()
         return self
+
+    # --- memory ---
+
+    @torch.no_grad()
+    def look_up(self, tokens: Tensor, items: Tensor | None = None) -> Tensor:
+        """Raw tokens (B,N,D) -> (B,N): row of the bank with the highest cosine similarity to each.
+
+        With `items` (B,) tokens of the same item are passed over, so that a training image does not find itself.
+        """
+        with torch.autocast(tokens.device.type, enabled=False):  # half precision cannot tell cosines near 1 apart
+            bank = F.normalize(self.bank, dim=-1)
+            similarity = F.normalize(tokens.float(), dim=-1) @ bank.T  # (B,N,M)
+            if items is not None:
+                same = items[:, None] == self.owners  # (B,M)
+                similarity.masked_fill_(same[:, None].to(tokens.device), -1)
+            return similarity.argmax(-1)
+
+    def _fill_bank(self) -> None:
+        """Keep tokens of the training images, drawn evenly."""
+        assert self.clean is not None, "the tokens are there"
+        n, N, D = self.clean.shape
+        size = min(self.settings.bank_size, n * N)
+        chosen = torch.randperm(n * N, generator=generator(self.seed, "bank"))[:size].sort().values
+        self.bank[:size] = self.clean.view(-1, D)[chosen].to(self.bank)
+        self.owners = torch.full((len(self.bank),), -1)
+        self.owners[:size] = self.items[chosen // N]
 
     # --- training pairs ---
 
@@ -239,7 +238,7 @@ class Model(Method):
         s = self.settings
         N, D = self.tokenizer.patch_embed.num_patches, len(self.mean)
         self.epochs = max(s.epochs, math.ceil(s.min_steps / self._steps(images)))
-        per_image = 2 * N * D + s.pool * (2 * N * D + s.image_size**2)  # bytes
+        per_image = 2 * N * D + s.pool * (2 * N * D + s.image_size**2) + 4 * (1 + s.pool) * N  # bytes
         if s.pool and len(images) * per_image > CACHE_BYTES:
             raise UserError(
                 f"pool={s.pool}: the tokens of {len(images)} images and of their damaged versions take "
@@ -247,6 +246,7 @@ class Model(Method):
                 "or set it to 0."
             )
         n = min(len(images), CACHE_BYTES // per_image)  # further images are tokenized whenever they come
+        self.items = torch.from_numpy(np.unique(images.groups, return_inverse=True)[1])
         self.clean = torch.empty(n, N, D, dtype=torch.half)
         self.pool = {
             "tokens": torch.empty(s.pool, n, N, D, dtype=torch.half),
@@ -261,8 +261,15 @@ class Model(Method):
                 damaged = self.synthesis(batch, seed_of(self.seed, "pool", version), i, foreground)
                 self.pool["tokens"][version, part] = self._raw_tokens(damaged["image"])
                 self.pool["mask"][version, part] = damaged["mask"][:, 0]
-        if s.standardise:
-            self._measure(self.clean)
+        self._measure(self.clean)
+        if s.remember:
+            self._fill_bank()
+            versions = [self.clean, *self.pool["tokens"]]
+            self.nearest = torch.empty(len(versions), n, N, dtype=torch.int32)
+            for i in tqdm(range(0, n, s.batch_size), "memory", unit="batch", leave=False):
+                part = slice(i, min(i + s.batch_size, n))
+                for row, tokens in zip(self.nearest, versions, strict=True):
+                    row[part] = self.look_up(tokens[part].to(device), self.items[part])
         if s.damage:
             self.protocol["textures"] = textures_used(s.textures, images.size)
 
@@ -281,30 +288,39 @@ class Model(Method):
         self.std.copy_(std.clamp_min(1e-3))
 
     @torch.no_grad()
-    def pairs(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-        """t of the clean images, t_a of the images of which some are damaged, (B,N,D) both, and the mask M (B,S,S)."""
+    def pairs(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+        """t of clean images, t_a of the same, some damaged, their t_m, (B,N,D) each, and the mask M (B,S,S).
+
+        In training t_m is of other items. It is None without the memory.
+        """
         s, x, seed = self.settings, batch["image"], next_seed()
         index: Any = batch["index"] if self.training else None
-        if index is not None and self.clean is not None and int(index.max()) < len(self.clean):
-            t = self._standard(self.clean[index].to(x.device).float())
-            versions = s.pool
-        else:  # the caches hold only training images, and not always all of them
-            t = self.tokens(x)
-            versions = 0
-        t_a, M = t.clone(), torch.zeros_like(x[:, 0], dtype=torch.bool)
+        cached = index is not None and self.clean is not None and int(index.max()) < len(self.clean)
+        # The caches hold only training images, and not always all of them.
+        raw = self.clean[index].to(x.device).float() if cached and self.clean is not None else self._raw_tokens(x)
+        t = self._standard(raw)
+        M = torch.zeros_like(x[:, 0], dtype=torch.bool)
         draws = torch.rand(len(x), generator=generator(seed, "damaged"))
         chosen = (draws < s.damage).nonzero()[:, 0]  # places in the batch of those to be damaged
-        if versions:
-            version = torch.randint(versions, (len(x),), generator=generator(seed, "version"))[chosen]
-            tokens = self.pool["tokens"][version, index[chosen]].to(x.device)
-            t_a[chosen] = self._standard(tokens.float())
+        row = torch.zeros(len(x), dtype=torch.long)  # 0: clean, else one more than the version
+        if cached and s.pool:
+            version = torch.randint(s.pool, (len(x),), generator=generator(seed, "version"))[chosen]
+            raw[chosen] = self.pool["tokens"][version, index[chosen]].to(x.device).float()
             M[chosen] = self.pool["mask"][version, index[chosen]].to(x.device)
+            row[chosen] = version + 1
         elif len(chosen):
             foreground = self._foreground(x[chosen], batch["texture"].numpy()[chosen])
             damaged = self.synthesis(x[chosen], seed_of(seed, "damage"), 0, foreground)
-            t_a[chosen] = self.tokens(damaged["image"])
+            raw[chosen] = self._raw_tokens(damaged["image"])
             M[chosen] = damaged["mask"][:, 0]
-        return t, t_a, M
+        t_m = None
+        if s.remember:
+            if cached and s.pool and self.nearest is not None:
+                nearest = self.nearest[row, index].to(x.device).long()
+            else:
+                nearest = self.look_up(raw, None if index is None else self.items[index])
+            t_m = self._standard(self.bank[nearest])
+        return t, self._standard(raw), t_m, M
 
     def _foreground(self, images: Tensor, textures: ndarray) -> Tensor | None:
         """Where damage may lie (B,1,S,S), for images of which some are filled by a material; None: everywhere."""
@@ -315,9 +331,9 @@ class Model(Method):
     # --- losses ---
 
     def losses(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """Of R: distances of t_hat from the clean tokens t. Of G: how well it marks the damage M."""
+        """Of R: distances of t_hat from the clean tokens t. Of G, which does not reach R: how well it marks M."""
         s, losses, t_hat = self.settings, {}, None
-        t, t_a, M = self.pairs(batch)
+        t, t_a, t_m, M = self.pairs(batch)
         if self.reconstruction:
             random = generator(next_seed(), "masked")
             share = torch.rand(len(t), 1, generator=random) * s.mask_max  # of the tokens, for each image
@@ -326,26 +342,21 @@ class Model(Method):
             losses["cosine"] = (1 - F.cosine_similarity(t_hat, t, dim=-1)).mean()
             losses["smooth_l1"] = 0.5 * F.smooth_l1_loss(t_hat, t)
         if self.segmentation:
-            seen = t_hat.detach() if t_hat is not None and s.detach_rec else t_hat
-            p = self.segment(t_a, seen)  # (B,S,S)
+            p = self.segment(t_a, None if t_hat is None else t_hat.detach(), t_m)  # (B,S,S)
             p_true = torch.where(M, p, 1 - p).clamp(EPS, 1 - EPS)
-            if s.seg_loss == "balanced":
-                area = M.float().mean((1, 2), keepdim=True)  # (B,1,1)
-                weight = torch.where(M, 0.5 / area.clamp_min(AREA), 0.5 / (1 - area).clamp_min(AREA))
-                losses["segmentation"] = (weight * -p_true.log()).mean()
-            else:
-                losses["focal"] = ((1 - p_true).square() * -p_true.log()).mean()  # gamma 2, no alpha
-                losses["l1"] = (p - M.float()).abs().mean()
+            area = M.float().mean((1, 2), keepdim=True)  # (B,1,1); half of the loss is for the damage
+            weight = torch.where(M, 0.5 / area.clamp_min(AREA), 0.5 / (1 - area).clamp_min(AREA))
+            losses["segmentation"] = (weight * -p_true.log()).mean()
         return losses
 
-    def segment(self, t_a: Tensor, t_hat: Tensor | None) -> Tensor:
-        """Tokens (B,N,D) -> probability (B,S,S) of being anomalous, from G."""
+    def segment(self, t_a: Tensor, t_hat: Tensor | None, t_m: Tensor | None) -> Tensor:
+        """Tokens (B,N,D) -> probability (B,S,S) of being anomalous, from G. t_hat or t_m is None where it is off."""
         assert self.segmentation is not None, "segment is on"
         parts = [t_a]
         if t_hat is not None:
-            parts.append(t_hat)
-            if self.settings.use_diff:
-                parts.append((t_a - t_hat).abs())
+            parts += [t_hat, (t_a - t_hat).abs()]
+        if t_m is not None:
+            parts.append((t_a - t_m).abs())
         logits = self.segmentation(torch.cat(parts, -1))  # (B,2,S,S)
         return logits.float().softmax(1)[:, 1]
 
@@ -353,7 +364,6 @@ class Model(Method):
         """One phase for both networks."""
         s = self.settings
         trained = [p for p in self.parameters() if p.requires_grad]
-        schedule = warm_up_then_cosine(s.warm_up)
         return [
             Phase(
                 "train",
@@ -363,7 +373,8 @@ class Model(Method):
                 s.lr,
                 torch.optim.AdamW,
                 weight_decay=s.weight_decay,
-                schedule=schedule,
+                decay_vectors=False,
+                schedule=warm_up_then_cosine(s.warm_up),
             )
         ]
 
@@ -374,72 +385,59 @@ class Model(Method):
 
         Returns
         -------
-        t_a, t_hat
-            Given and predicted tokens (B,N,D); `t_hat` is None without R.
+        t_a, t_hat, t_m
+            Given, predicted and remembered tokens (B,N,D); None where R or the memory is off.
+        predicted, remembered
+            1 - cosine of t_a and t_hat, of t_a and t_m (B,S,S); None likewise.
         distance
-            1 - cosine of the two (B,S,S); None without R.
+            Geometric mean of the two (B,S,S), or the one that is there.
         segmented
             Probability that G gives (B,S,S); None without G.
         map
-            (B,S,S): `segmented`, times `distance` with the setting `product`; with one of them only, this one.
+            (B,S,S): `segmented` times `distance`, or the one that is there.
         """
-        return self._predict(self.tokens(images), images.shape[-2:])
+        return self._predict(self._raw_tokens(images), images.shape[-2:])
 
-    def _predict(self, t_a: Tensor, size: torch.Size) -> dict[str, Any]:
-        t_hat = distance = segmented = None
+    def _predict(self, raw: Tensor, size: torch.Size) -> dict[str, Any]:
+        t_a, t_hat, t_m, predicted, remembered, segmented = self._standard(raw), None, None, None, None, None
         if self.reconstruction:
-            t_hat = self.reconstruct(t_a)
-            distance = 1 - F.cosine_similarity(t_a, t_hat, dim=-1)  # (B,N)
-            distance = distance.view(-1, 1, *self.tokenizer.patch_embed.grid_size)
-            distance = F.interpolate(distance, size, mode="bilinear", align_corners=False)[:, 0]
+            t_hat = self.reconstruction(t_a)
+            predicted = self._on_pixels(1 - F.cosine_similarity(t_a, t_hat, dim=-1), size)
+        if self.settings.remember:
+            near = self.bank[self.look_up(raw)]
+            t_m = self._standard(near)
+            remembered = self._on_pixels(1 - F.cosine_similarity(raw, near, dim=-1), size)
         if self.segmentation:
-            segmented = self.segment(t_a, t_hat)
-        if segmented is None:
-            map_ = distance
-        elif distance is not None and self.settings.product:
-            map_ = segmented * distance
-        else:
-            map_ = segmented
-        return {"t_a": t_a, "t_hat": t_hat, "distance": distance, "segmented": segmented, "map": map_}
+            segmented = self.segment(t_a, t_hat, t_m)
+        distances = [d for d in (predicted, remembered) if d is not None]
+        distance = math.prod(distances).clamp_min(0) ** (1 / len(distances)) if distances else None
+        marks = [m for m in (segmented, distance) if m is not None]
+        return {
+            **{"t_a": t_a, "t_hat": t_hat, "t_m": t_m, "predicted": predicted, "remembered": remembered},
+            **{"distance": distance, "segmented": segmented, "map": math.prod(marks)},
+        }
 
-    def reconstruct(self, t_a: Tensor, parts: int | None = None) -> Tensor:
-        """t_hat (B,N,D): from all tokens, or in so many random parts, each predicted while it is hidden.
-
-        `parts` is the setting `hidden_parts` if it is None; 0 hides nothing.
-        """
-        assert self.reconstruction is not None, "reconstruct is on"
-        B, N, _ = t_a.shape
-        parts = self.settings.hidden_parts if parts is None else parts
-        if not parts:
-            return self.reconstruction(t_a)
-        order = torch.randperm(N, generator=torch.Generator().manual_seed(0)).to(t_a.device)
-        t_hat = torch.empty_like(t_a)
-        for part in order.chunk(parts):
-            masked = torch.zeros(B, N, dtype=torch.bool, device=t_a.device)
-            masked[:, part] = True
-            t_hat[:, part] = self.reconstruction(t_a, masked)[:, part]
-        return t_hat
+    def _on_pixels(self, values: Tensor, size: torch.Size) -> Tensor:
+        """A value for each token (B,N) -> for each pixel (B,S,S), interpolated."""
+        grid = values.view(-1, 1, *self.tokenizer.patch_embed.grid_size)
+        return F.interpolate(grid, size, mode="bilinear", align_corners=False)[:, 0]
 
     def anomaly_map(self, images: Tensor) -> Tensor:
         """Images (B,3,S,S) -> maps (B,S,S): the map of `predict`, smoothed."""
         return gaussian_blur(self.predict(images)["map"], self.settings.sigma)
 
     def image_score(self, maps: Tensor) -> Tensor:
-        """Maps (B,S,S) -> scores (B,): highest mean over a window, or mean of the highest pixels."""
-        s = self.settings
-        if s.score == "top":
-            return top_mean(maps, s.top)
-        means = F.avg_pool2d(maps[:, None], s.window, stride=1, padding=s.window // 2)  # (B,1,S,S)
-        return means.amax((1, 2, 3))
+        """Maps (B,S,S) -> scores (B,): mean of the highest pixels."""
+        return top_mean(maps, self.settings.top)
 
     @torch.no_grad()
     def observe(self, images: ImageSet, device: torch.device) -> dict[str, int | float]:
         """Size of the caches, number of steps, and images per second with the tokenizer and without it."""
         s = self.settings
         x = images.batch(range(min(s.batch_size, len(images))), device)["image"]
-        tokens = self.tokens(x)
+        tokens = self._raw_tokens(x)
         assert self.clean is not None, "prepare() was called"
-        cached = [self.clean, *self.pool.values()]
+        cached = [self.clean, *self.pool.values()] + ([] if self.nearest is None else [self.nearest])
 
         def per_second(function: Callable[[], Tensor]) -> float:
             seconds = []
@@ -538,7 +536,7 @@ def _check(s: Settings) -> None:
             raise UserError(f"{name}={getattr(s, name)} is a share: from 0 to 1.")
     if s.warm_up >= 1:
         raise UserError(f"warm_up={s.warm_up} leaves no step after it: it has to be below 1.")
+    if s.remember and s.bank_size < 1:
+        raise UserError(f"bank_size={s.bank_size} has to be at least 1, or set remember to false.")
     if not s.heads or s.width % s.heads:
         raise UserError(f"width={s.width} cannot be split between heads={s.heads}.")
-    if not s.window % 2:
-        raise UserError(f"window={s.window}: give an odd number of pixels.")
