@@ -84,8 +84,8 @@ class Report:
         rows = [("category", "part", "kind", "published", "found", "")]
         rows += [(*row[:3], *_compared(row[3], row[4])) for row in self.counts if row[0] not in self.missing]
         for category in self.missing:
-            expected = sum(row[3] or 0 for row in self.counts if row[0] == category)
-            rows.append((category, "", "", *_compared(expected, 0)))
+            of_category = sum(row[3] or 0 for row in self.counts if row[0] == category)
+            rows.append((category, "", "", *_compared(of_category, 0)))
         rows += [("total", "", "", *_compared(total, found))]
         lines = [self.title, *_aligned(rows)]
         if self.checks:
