@@ -26,13 +26,13 @@ def candidates(table: Reproduction, records: Mapping[str, Record]) -> dict[str, 
     """
     found = {}
     for column, requests in table.columns.items():
-        changes: list[dict[str, Any]] = [
+        changes = [
             {"preset": preset, **model}
             for preset in _presets(table, requests[0])
             for model in ({}, *_smaller_models(requests[0], records.values()))
         ]
-        asked = [[replace(request, **change) for request in requests] for change in changes]
-        found[column] = [[(r, records[r.hash]) for r in runs if r.hash in records] for runs in asked]
+        ways = [requests, *(_changed(requests, change, records.values()) for change in changes[1:])]
+        found[column] = [[(r, records[r.hash]) for r in way if r.hash in records] for way in ways]
     return found
 
 
@@ -74,6 +74,13 @@ def _smaller_models(request: Request, records: Iterable[Record]) -> list[dict[st
     smaller = [model for model, n in sizes.items() if 1 < n < len(tested(request))]
     smaller.sort(key=lambda model: -sizes[model])
     return [{"dataset": dataset, "category": category} for dataset, category in smaller]
+
+
+def _changed(requests: list[Request], change: dict[str, Any], records: Iterable[Record]) -> list[Request]:
+    """Changed requests, without those that surely have no record: a thousand of them would take a second."""
+    kind = requests[0].method, change["preset"]
+    made = {(r["category"], r["seed"]) for r in records if (r["method"], r["preset"]) == kind}
+    return [replace(r, **change) for r in requests if (change.get("category", r.category), r.seed) in made]
 
 
 def _complete(runs: Runs, categories: list[str | None]) -> bool:
