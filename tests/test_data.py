@@ -18,7 +18,7 @@ from PIL import Image
 from scipy.ndimage import binary_dilation, label
 from torch.utils.data import DataLoader
 
-from vitad import data
+from vitad import data, runs
 from vitad.data import hashes, samples
 from vitad.data.samples import ImageSet, Record
 from vitad.data.sets import mt, toy
@@ -436,28 +436,36 @@ class TestHashes:
 # --- MVTec AD ---------------------------------------------------------------------------------------------
 
 
-@trees.needs_real("mvtec")
 class TestRealMVTec:
-    def test_bottle_is_complete(self):
-        report = verify("mvtec", category="bottle")
-        assert not report.differences and report.title.startswith("mvtec bottle in ")
-        found = data.find("mvtec", category="bottle")
-        assert data.get("mvtec").counts("bottle") == (len(found.train), len(found.test)) == (209, 83)
+    """Those of the categories that are at hand."""
 
-    def test_screw_with_its_kinds_in_one_folder_and_no_masks(self):
+    @pytest.mark.parametrize(
+        ("category", "train", "test"),
+        [
+            pytest.param("bottle", 209, 83, marks=trees.needs_real("mvtec", "bottle")),
+            pytest.param("pill", 267, 167, marks=trees.needs_real("mvtec", "pill")),
+        ],
+    )
+    def test_a_whole_category(self, category, train, test):
+        report = verify("mvtec", category=category)
+        assert not report.differences and report.title.startswith(f"mvtec {category} in ")
+        split = data.load("mvtec", category=category, image_size=128)
+        assert data.get("mvtec").counts(category) == (len(split.train), len(split.test)) == (train, test)
+        assert np.array_equal(split.test.masks.any((1, 2)), split.test.labels == 1)
+
+    @trees.needs_real("mvtec", "screw")
+    def test_screw_with_its_kinds_in_one_folder_and_no_masks(self, tmp_path):
         if not (data.get("mvtec").locate() / "screw/test/defective").is_dir():
             pytest.skip("this copy of screw is as published")
-        split = data.load("mvtec", category="screw", image_size=32)
-        assert (len(split.train), len(split.test), split.test.has_masks) == (320, 160, False)
-        assert Counter(split.test.defects) == {"good": 41, "defective": 119}
+        record = runs.run("patchknn", dataset="mvtec", category="screw", preset="smoke", out=tmp_path / "run")
+        counts = {"train": 320, "test_good": 41, "test_defective": 119}
+        assert record["counts"].items() >= counts.items()
+        found = record["metrics"]
+        assert found.pop("image_auroc") > 0 and found == {"pixel_auroc": None, "pixel_ap": None, "pro": None}
         assert verify("mvtec", category="screw").differences == [
-            "screw test manipulated_front: 0 images, 24 published",
-            "screw test scratch_head: 0 images, 24 published",
-            "screw test scratch_neck: 0 images, 25 published",
-            "screw test thread_side: 0 images, 23 published",
-            "screw test thread_top: 0 images, 23 published",
-            "screw test defective: 119 images, none published",
-            "images without a mask: 119, expected 0",
+            "screw test: 119 defective images as published, but with manipulated_front, scratch_head, scratch_neck, "
+            "thread_side, thread_top merged into defective",
+            "no masks of screw, so only image AUROC can be computed there",
         ]
 
 

@@ -489,7 +489,7 @@ def harm_kind(root):
 
 def harm_category(root):
     shutil.rmtree(root / "metal_nut")
-    return "metal_nut test flip: 0 images, 2 published"
+    return "no images of metal_nut"
 
 
 def harm_image(root):
@@ -515,7 +515,7 @@ def lose_image(root):
 
 def lose_masks(root):
     shutil.rmtree(root / "grid/ground_truth")
-    return "images without a mask: 2, expected 0"
+    return "no masks of grid, so only image AUROC can be computed there"
 
 
 def resize_mask(root):
@@ -578,10 +578,67 @@ def test_one_category_is_verified_alone(copy_of, tmp_path):
     assert verify.verify("mvtec", root, "metal_nut").checks["image files left out"][1] == ["metal_nut/extra.png"]
     assert verify.verify("mvtec", root, "grid").differences == ["grid train good: 2 images, 3 published"]
     shutil.rmtree(root / "grid")
-    assert "grid train good: 0 images, 3 published" in verify.verify("mvtec", root, "grid").differences
-    assert "grid train good: 0 images, 3 published" in verify.verify("mvtec", root).differences
+    assert verify.verify("mvtec", root, "grid").differences == ["no images of grid"]
+    assert verify.verify("mvtec", root).differences == ["no images of grid"]
     with pytest.raises(UserError, match="unknown category of mvtec 'gird'. Did you mean 'grid'"):
         verify.verify("mvtec", root, "gird")
+
+
+def test_missing_categories_are_a_line_each(copy_of, capsys, monkeypatch):
+    """The others are reported in full."""
+    root = copy_of("mvtec")
+    wanted = trees.COUNTS["mvtec"] | {name: trees.COUNTS["mvtec"]["metal_nut"] for name in ("cable", "wood")}
+    monkeypatch.setattr(EVERY["mvtec"], "published", wanted)
+    (root / "cable").mkdir()
+    harm_count(root)
+    assert main(["data", "verify", "mvtec", "--root", str(root)]) == 1
+    output = capsys.readouterr().out
+    assert row(output, "cable") == row(output, "wood") == ["9", "0", "differs"]
+    assert row(output, "total") == ["34", "15", "differs"] and row(output, "metal_nut", "test", "flip") == ["2", "2"]
+    assert output.split("\n\n")[-1].splitlines() == [
+        "no images of cable, wood",
+        "grid train good: 2 images, 3 published",
+    ]
+
+
+def merge_kinds(root, name="defective"):
+    """All kinds of defect of metal_nut in one folder, without masks."""
+    (root / "metal_nut/test" / name).mkdir()
+    for kind in ("bent", "flip"):
+        for path in (root / "metal_nut/test" / kind).iterdir():
+            path.rename(root / "metal_nut/test" / name / f"{kind}{path.name}")
+        (root / "metal_nut/test" / kind).rmdir()
+    shutil.rmtree(root / "metal_nut/ground_truth")
+
+
+def test_merged_kinds_and_a_category_without_masks_are_a_line_each(copy_of, capsys):
+    root = copy_of("mvtec")
+    merge_kinds(root)
+    assert main(["data", "verify", "mvtec", "--root", str(root)]) == 1
+    output = capsys.readouterr().out
+    assert row(output, "categories", "without", "masks") == ["0", "1", "metal_nut"]
+    assert output.split("\n\n")[-1].splitlines() == [
+        "all 16 images are there, but:",
+        "metal_nut test: 4 defective images as published, but with bent, flip merged into defective",
+        "no masks of metal_nut, so only image AUROC can be computed there",
+    ]
+    assert not verify.verify("mvtec", root, "grid").differences
+    lose_mask(root)  # where others have one, a lost mask is counted
+    assert verify.verify("mvtec", root).differences[1:] == [
+        "images without a mask: 1, expected 0",
+        "no masks of metal_nut, so only image AUROC can be computed there",
+    ]
+
+
+def test_merged_kinds_that_are_not_all_there_are_counted_one_by_one(copy_of):
+    root = copy_of("mvtec")
+    merge_kinds(root)
+    (root / "metal_nut/test/defective/bent000.png").unlink()
+    assert verify.verify("mvtec", root).differences[:3] == [
+        "metal_nut test bent: 0 images, 2 published",
+        "metal_nut test flip: 0 images, 2 published",
+        "metal_nut test defective: 3 images, none published",
+    ]
 
 
 def test_one_category_of_other_layouts(roots, toy_root):
@@ -622,7 +679,9 @@ def test_a_users_own_images_are_verified_without_published_counts(toy_root, tmp_
     assert "duplicate images: 1, expected 0" in capsys.readouterr().out
     shutil.rmtree(root / "ground_truth")
     (root / "test/good/000.png").unlink()
+    capsys.readouterr()
     assert main([*command, str(root)]) == 0  # masks are optional here
+    assert row(capsys.readouterr().out, "categories", "without", "masks") == ["-", "1", "folder"]
     (tmp_path / "empty").mkdir()
     assert main([*command, str(tmp_path / "empty")]) == 2
     assert "empty holds no images in train/good or test/<kind>" in capsys.readouterr().err

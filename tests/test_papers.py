@@ -16,6 +16,7 @@ import pytest
 from vitad import data, runs
 from vitad.cli import main
 from vitad.errors import UserError
+from vitad.methods import vitmem
 from vitad.papers import layout, printed, tables
 from vitad.papers.cells import COLUMNS, cells, printed_numbers
 from vitad.papers.estimates import duration, estimate, n_images, overview
@@ -400,6 +401,100 @@ def test_anovit_is_counted_against_the_convolutions():
         "AnoViT as reported: above L2-CAE in 9 of 15 categories, equal in 2.",
         "AnoViT as reproduced: above L2-CAE in 2 of 15 categories, equal in 13.",
     ]
+
+
+# --- runs that stand in -----------------------------------------------------------------------------------------------
+
+
+def of(method, category, preset, value, dataset="mvtec", seeds=3, **overrides):
+    """{hash: record} of the seeds of a run."""
+    asked = [Request(method, dataset, category, None, preset, seed, overrides) for seed in range(seeds)]
+    return {r.hash: record(r, value) for r in asked}
+
+
+def without_masks(found):
+    for r in found.values():
+        r["metrics"] |= dict.fromkeys(("pixel_auroc", "pixel_ap", "pro"))
+    return found
+
+
+def test_the_preset_nearest_to_the_paper_stands_in_category_by_category():
+    found = of("vitmem", "bottle", "small", 0.9) | of("vitmem", "bottle", "near", 0.95, seeds=1)
+    found |= of("vitmem", "pill", "small", 0.8) | of("l2cae", "pill", "small", 0.6)
+    found |= without_masks(of("vitmem", "screw", "small", 0.7))
+    frame = cells(Reproduction("yang2024-3"), found)
+    bottle, pill, screw = (cell(frame, c, "Ours") for c in ("bottle", "pill", "screw"))
+    assert [c["tier"].partition(";")[0] for c in (bottle, pill, screw)] == ["near", "small", "small"]
+    assert [c["reproduced"] for c in (bottle, pill, screw)] == pytest.approx([95, 80, 70])
+    assert [c["difference"] for c in (bottle, pill, screw)] == pytest.approx([95 - 94, 80 - 86.3, 70 - 100])
+    assert {c["verdict"] for c in (bottle, pill, screw)} == {"not comparable"}
+    assert {c["reason"] for c in (bottle, pill, screw)} == {"other settings"}
+    assert bottle["fill"] == "3 of 3 runs: vitmem-mvtec-bottle-paper-s0, ..."
+    assert cell(frame, "pill", "L2-CAE")["difference"] == pytest.approx(60 - 68)
+    assert np.isnan(cell(frame, "bottle", "L2-CAE")["reproduced"]) and len(frame) == 16 * 8
+    # never a mean over three of fifteen
+    assert np.isnan(cell(frame, "average", "Ours")["reproduced"]) and cell(frame, "average", "Ours")["seeds"] == 0
+    text = layout.for_terminal(frame)
+    assert re.search(r"^bottle +94.0 +95.0 +near +\+1.0 not comparable: other settings", text, re.M)
+    assert layout.remarks(Reproduction("yang2024-3"), frame) == [
+        "Where runs of the preset paper are missing, others stand in: near, small."
+    ]
+    local = cells(Reproduction("yang2024-4"), found)
+    assert cell(local, "screw", "Ours", "pro")["fill"] == "data without masks have no such metric"
+    assert cell(local, "pill", "Ours", "pro")["difference"] < 0
+
+
+def test_a_run_of_the_paper_s_preset_comes_first_and_a_preset_that_is_asked_for_is_the_only_one():
+    found = {
+        k: v
+        for p, x in (("paper", 0.94), ("near", 0.9), ("small", 0.8))
+        for k, v in of("vitmem", "bottle", p, x).items()
+    }
+    bottle = cell(cells(Reproduction("yang2024-4"), found), "bottle", "Ours", "pixel_auroc")
+    assert (bottle["tier"], bottle["verdict"]) == ("paper; cuda, some GPU", "reproduced")
+    asked = cells(Reproduction("yang2024-4", preset="small"), found)
+    assert cell(asked, "bottle", "Ours", "pro")["reproduced"] == pytest.approx(80)
+    assert cells(Reproduction("yang2024-4", preset="sec34"), found)["reproduced"].isna().all()
+    on_toy = cells(Reproduction("yang2024-4", "toy"), of("vitmem", "gear", "small", 0.9, "toy"))
+    assert on_toy["reproduced"].isna().all()  # there, the preset is demo
+
+
+def test_variants_are_compared_within_one_preset():
+    """That which most of them have; the nearest to the paper among these. Only averages are printed of an ablation."""
+    found = of("vitmem", "bottle", "near", 0.95)
+    for i, overrides in enumerate(vitmem.VARIANTS.values()):
+        found |= of("vitmem", "bottle", "small", 0.6 + 0.1 * i, **overrides)
+        found |= of("vitmem", "pill", "small", 0.5, **overrides) | of("vitmem", "pill", "near", 0.7, **overrides)
+    frame = cells(Reproduction("yang2024-6"), found)
+    assert list(dict.fromkeys(frame["category"])) == ["bottle", "pill", "average"]
+    assert {t.partition(";")[0] for t in frame.query("category == 'bottle'")["tier"]} == {"small"}
+    assert {t.partition(";")[0] for t in frame.query("category == 'pill'")["tier"]} == {"near"}
+    assert cell(frame, "bottle", "Base + M + CA (Ours)")["reproduced"] == pytest.approx(90)
+    assert reason(frame, "bottle", "Base") == "other settings" and np.isnan(cell(frame, "bottle", "Base")["difference"])
+    average = frame.query("category == 'average'")
+    assert average["reported"].notna().all() and average["reproduced"].isna().all()
+    assert cell(cells(Reproduction("yang2024-4"), found), "bottle", "Ours", "pro")["reproduced"] == pytest.approx(95)
+
+
+def test_a_model_of_several_categories_stands_in_for_one_of_all():
+    value = {"mvtec/bottle": 0.9, "mvtec/pill": 0.8, "mvtec/screw": 0.7}
+    found = of("mala", "bottle+pill+screw", "near", value, seeds=1)
+    found |= of("mala", "bottle+pill", "near", dict.fromkeys(["mvtec/bottle", "mvtec/pill"], 0.5))
+    found |= of("mala", "bottle", "near", 0.4)
+    for r in found.values():
+        for metrics in (r.get("metrics_by_category", {}).get("mvtec/screw", {}), r["metrics"]):
+            metrics["pixel_auroc"] = None
+    frame = cells(Reproduction("mala2023-1"), found)
+    bottle = cell(frame, "bottle", "Ours")
+    assert (bottle["reproduced"], bottle["reason"]) == (pytest.approx(90), "model of 3 of 27 categories")
+    assert (bottle["verdict"], bottle["difference"], bottle["seeds"]) == ("not comparable", pytest.approx(-10), 1)
+    assert cell(frame, "screw", "Ours", "pixel_auroc")["fill"] == "data without masks have no such metric"
+    assert frame.query("category in ('cable', 'average')")["reproduced"].isna().all()
+    assert cells(Reproduction("mala2023-3"), found)["reproduced"].isna().all()  # its categories are VisA's
+    # one model each is nobody's stand-in, and is filled by no model of several
+    assert cells(Reproduction("mala2023-1"), of("mala", "bottle", "near", 0.4))["reproduced"].isna().all()
+    joint = of("vitmem", "bottle+pill", "near", {"mvtec/bottle": 0.9, "mvtec/pill": 0.8})
+    assert cells(Reproduction("yang2024-3"), joint)["reproduced"].isna().all()
 
 
 # --- what is there ---------------------------------------------------------------------------------------------------

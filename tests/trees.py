@@ -11,13 +11,14 @@ from vitad.data.sets import visa
 from vitad.errors import UserError
 
 
-def needs_real(name):
-    """Mark of tests that need the published data set itself."""
+def needs_real(name, category=None):
+    """Mark of tests that need the published data set itself, or one of its categories."""
     try:
-        data.get(name).locate()
+        folder = data.get(name).locate()
     except UserError as e:
         return pytest.mark.skipif(True, reason=f"needs the real data set: {e}")
-    return pytest.mark.skipif(False, reason="")
+    lacks = category is not None and not (folder / category).is_dir()
+    return pytest.mark.skipif(lacks, reason=f"needs the real data set: {folder} has no folder '{category}'.")
 
 
 SIZE = 24, 16  # width and height of an image

@@ -97,7 +97,8 @@ def _table(args: argparse.Namespace) -> int:
     if args.name is None:
         del options["name"]
         print(tables.contents(records, **options).to_string(index=False))
-        print("vitad table NAME lists its runs; --dataset toy or mt asks for them on data of this book")
+        print("vitad table NAME lists its runs; where they are missing, cells show the nearest preset that is there")
+        print("--dataset toy or mt asks for them on data of this book")
         return 0
     table = tables.Reproduction(**options)
     print(table.title)
@@ -250,7 +251,11 @@ def _add_table(commands: Any) -> None:
     )
     table.add_argument("--split", help=_splits())
     table.add_argument("--data-root", metavar="DIR", help="folder of the data set; of mvtec+visa, that with both")
-    table.add_argument("--preset", help="default: that of the book's own records on toy and mt, elsewhere paper")
+    table.add_argument(
+        "--preset",
+        help="default: that of the book's own records on toy and mt, elsewhere paper; where runs of paper are missing, "
+        "cells then show those of the nearest preset that is there: near, small, small_dinov2",
+    )
     table.add_argument("--seeds", default=3, metavar="N", help="number of seeds, from 0 (default 3)")
     _settings_options(table)
     table.add_argument("--device", default="auto", help="auto (default), cpu or cuda")

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from vitad.data import ALL, DATASETS, TEXTURE_SETS
 from vitad.data.dataset import Dataset, Scan
-from vitad.data.records import IMAGE_SUFFIXES, UNREADABLE, LooseMask, Record, one_channel
+from vitad.data.records import IMAGE_SUFFIXES, UNKNOWN, UNREADABLE, LooseMask, Record, one_channel
 from vitad.errors import UserError, unknown
 
 NONE_EXPECTED = (
@@ -24,7 +24,7 @@ NONE_EXPECTED = (
     "masks of another size than the image",
     "good images whose mask marks something",
 )
-
+WITHOUT_MASKS = "categories without masks"  # the check; their images are not counted as lacking a mask each
 
 CountRow = tuple[str, str, str, int | None, int]
 
@@ -50,26 +50,43 @@ class Report:
     checks: dict[str, tuple[int | None, list[str]]] = field(default_factory=dict)
 
     @property
+    def missing(self) -> list[str]:
+        """Published categories of which there is no image."""
+        found: Counter[str] = Counter()
+        for category, *_, published, n in self.counts:
+            if category and published is not None:
+                found[category] += n
+        return [category for category, n in found.items() if not n]
+
+    @property
     def differences(self) -> list[str]:
         """Lines that say what is not as it should be; [] where all is well."""
-        counts = [
-            f"{' '.join(filter(None, (category, part, kind)))}: {found} images, {published or 'none'} published"
-            for category, part, kind, published, found in self.counts
-            if published not in (None, found)
-        ]
-        checks = [
-            f"{check}: {len(names)}, expected {expected}"
-            for check, (expected, names) in self.checks.items()
-            if expected not in (None, len(names))
-        ]
-        return counts + checks
+        lines = [f"no images of {', '.join(self.missing)}"] if self.missing else []
+        parts: dict[tuple[str, str], list[CountRow]] = {}
+        for row in self.counts:
+            if row[0] not in self.missing:
+                parts.setdefault(row[:2], []).append(row)
+        for rows in parts.values():
+            lines += _count_differences(rows)
+        for check, (expected, names) in self.checks.items():
+            if expected in (None, len(names)):
+                continue
+            if check == WITHOUT_MASKS:
+                lines.append(f"no masks of {', '.join(names)}, so only image AUROC can be computed there")
+            else:
+                lines.append(f"{check}: {len(names)}, expected {expected}")
+        return lines
 
     def __str__(self) -> str:
         published = [row[3] for row in self.counts]
         total = None if None in published else sum(n for n in published if n is not None)
+        found = sum(row[4] for row in self.counts)
         rows = [("category", "part", "kind", "published", "found", "")]
-        rows += [(*row[:3], *_compared(row[3], row[4])) for row in self.counts]
-        rows += [("total", "", "", *_compared(total, sum(row[4] for row in self.counts)))]
+        rows += [(*row[:3], *_compared(row[3], row[4])) for row in self.counts if row[0] not in self.missing]
+        for category in self.missing:
+            of_category = sum(row[3] or 0 for row in self.counts if row[0] == category)
+            rows.append((category, "", "", *_compared(of_category, 0)))
+        rows += [("total", "", "", *_compared(total, found))]
         lines = [self.title, *_aligned(rows)]
         if self.checks:
             table = [("check", "expected", "found", "")]
@@ -77,7 +94,32 @@ class Report:
                 few = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
                 table.append((check, *_compared(expected, len(names))[:2], few))
             lines += ["", *_aligned(table)]
-        return "\n".join([*lines, "", *(self.differences or ["as it should be"])])
+        lines.append("")
+        if self.differences and total == found:
+            lines.append(f"all {found} images are there, but:")
+        return "\n".join(lines + (self.differences or ["as it should be"]))
+
+
+def _count_differences(rows: list[CountRow]) -> list[str]:
+    """Lines on the numbers of images in one part of a category.
+
+    Kinds of defect that are there under other names are one line, where the number of defective images agrees.
+    """
+    defects = [row for row in rows if row[2] != "good"]
+    total = sum(row[4] for row in defects)
+    lacking = [row for row in defects if row[3] and not row[4]]
+    others = [row for row in defects if row[3] == 0]
+    lines = []
+    if lacking and others and total == sum(row[3] or 0 for row in defects):
+        names, instead = (", ".join(kind for _, _, kind, *_ in some) for some in (lacking, others))
+        where = " ".join(filter(None, rows[0][:2]))
+        lines = [f"{where}: {total} defective images as published, but with {names} merged into {instead}"]
+        rows = [row for row in rows if row not in lacking + others]
+    return lines + [
+        f"{' '.join(filter(None, (category, part, kind)))}: {found} images, {published or 'none'} published"
+        for category, part, kind, published, found in rows
+        if published not in (None, found)
+    ]
 
 
 def count(name: str, root: str | Path | None = None, category: str | None = None) -> Report:
@@ -115,11 +157,13 @@ def verify(name: str, root: str | Path | None = None, category: str | None = Non
         bar = tqdm(pool.map(_look, paths), "read", len(paths), unit="file", leave=False)
         looks = dict(zip(paths, bar, strict=True))
 
-    without_mask = []
-    for of_category in entries.values():
-        if dataset.published or any(entry.mask for entry in of_category):  # a user's own images need no masks
-            bare = [r for r in of_category if isinstance(r, Record) and r.mask is None]
-            without_mask += [r.path for r in bare if r.label != 0]
+    without_mask, unmasked = [], []
+    for one, of_category in entries.items():
+        bare = [r for r in of_category if isinstance(r, Record) and r.mask is None and r.label != 0]
+        if any(entry.mask for entry in of_category) or any(r.label == UNKNOWN for r in bare):
+            without_mask += [r.path for r in bare]
+        elif bare:
+            unmasked.append(one or dataset.name)
     pairs = [
         (r, mask, image_look, mask_look)
         for r in records
@@ -137,6 +181,7 @@ def verify(name: str, root: str | Path | None = None, category: str | None = Non
         "unreadable files": names(p for p, look in looks.items() if look is None),
         "masks without an image": names(loose),
         "images without a mask": names(without_mask),
+        WITHOUT_MASKS: unmasked,
         "masks of another size than the image": names(
             mask for _, mask, image_look, mask_look in pairs if image_look.size != mask_look.size
         ),
@@ -148,6 +193,8 @@ def verify(name: str, root: str | Path | None = None, category: str | None = Non
         "image files left out": names(_image_files_below(dataset, root, scans) - set(paths)),
     }
     expected = dict.fromkeys(NONE_EXPECTED, 0) | dict(dataset.known)
+    if dataset.published:  # a user's own images need no masks
+        expected[WITHOUT_MASKS] = 0
     return Report(
         _title(dataset, root, scans),
         _count_rows(dataset, scans),

@@ -13,6 +13,7 @@ from vitad.data.synthesis.textures import DTD
 from vitad.evidence import NOT_COMPARABLE, against_printed
 from vitad.papers import printed
 from vitad.papers.estimates import n_images
+from vitad.papers.nearest import Runs, candidates, nearest, tested
 from vitad.papers.tables import FAITHFUL, IN_THE_MANNER_OF, Reproduction, Table
 from vitad.runs import Request
 from vitad.runs.record import Record
@@ -33,7 +34,7 @@ def cells(table: Reproduction, records: Mapping[str, Record]) -> pd.DataFrame:
     Parameters
     ----------
     table
-        Which runs fill it.
+        Which runs fill it. Where they are missing, those of `vitad.papers.nearest` stand in.
     records
         {hash: record}, as `vitad.runs.by_hash` gives them.
 
@@ -50,13 +51,17 @@ def cells(table: Reproduction, records: Mapping[str, Record]) -> pd.DataFrame:
     * `verdict`: `reproduced`, `differs` or `undecided` by the margins of `vitad.evidence.MARGINS`, else
       `not comparable`.
     * `reason`, for want of a verdict. `other data` is not the paper's data set, or not all of its images, and has no
-      difference. `in the manner of` is no reproduction of the paper's method. `other settings` are not the source's.
+      difference. `in the manner of` is no reproduction of the paper's method. `model of 3 of 27 categories` was trained
+      on fewer than the paper's, which is one model of all. `other settings` are not the source's.
       `other weights` start at random what the method's settings have pretrained, such as MALA's decoder without MAE's
       file. `nothing printed` leaves nothing to judge. `one seed` has no spread to judge by and is `undecided`.
-    * `tier`: preset and hardware. `fill`: what would fill a cell that is empty.
+    * `tier`: preset and hardware. `fill`: which of the runs that the table asks for are missing.
     """
     numbers = printed_numbers(table)
-    rows = _rows(table, numbers)
+    runs = candidates(table, records)
+    there = {c for ways in runs.values() for way in ways for request, _ in way for c in tested(request)}
+    rows = _rows(table, numbers, there)
+    filled = {row: nearest(table, runs, categories) for row, categories in rows.items()}
     lines = []
     for column in dict.fromkeys([*table.table.columns, *numbers["column"]]):
         step = _step(numbers[numbers["column"] == column]["value"].dropna())
@@ -75,7 +80,7 @@ def cells(table: Reproduction, records: Mapping[str, Record]) -> pd.DataFrame:
                     "fill": None if column in table.columns else "not in this library",
                 }
                 if column in table.columns:
-                    line |= _reproduced(line, table, categories, records)
+                    line |= _reproduced(line, table, categories, filled[row][column], records)
                 if column in table.columns or row in reported:
                     lines.append(line)
     frame = pd.DataFrame(lines, columns=COLUMNS)
@@ -98,27 +103,25 @@ def printed_numbers(table: Reproduction) -> pd.DataFrame:
     return rows.assign(category=rows["category"].replace("all", AVERAGE))
 
 
-def _rows(table: Reproduction, numbers: pd.DataFrame) -> dict[str | None, list[str | None]]:
+def _rows(table: Reproduction, numbers: pd.DataFrame, there: set[str | None]) -> dict[str | None, list[str | None]]:
     """{row of the table: the categories whose mean it is}.
 
-    On the paper's data the printed rows, as far as they are asked for, and their average if all are. On other data the
-    categories there, and their average, beside which the printed one stands.
+    On the paper's data the printed rows, as far as they are asked for, and their average if all are. Where only an
+    average is printed and some of its categories are `there`, these stand above it. On other data the categories there,
+    and their average, beside which the printed one stands.
     """
     requests = next(iter(table.columns.values()))
-    tested = list(dict.fromkeys(c for request in requests for c in _tested(request)))
+    categories = list(dict.fromkeys(c for request in requests for c in tested(request)))
+    each: dict[str | None, list[str | None]] = {c: [c] for c in categories}
     if not table.on_the_papers_data:
-        return ({c: [c] for c in tested} if len(tested) > 1 else {}) | {AVERAGE: tested}
+        return (each if len(each) > 1 else {}) | {AVERAGE: categories}
     in_rows = [c for c in numbers["category"].unique() if c != AVERAGE]
     all_of_them = in_rows or data.get(requests[0].dataset).categories()
-    rows = {c: [c] for c in in_rows if c in tested}
-    if set(all_of_them) <= set(tested):
-        return rows | {AVERAGE: all_of_them}
-    return rows or {c: [c] for c in tested}
-
-
-def _tested(request: Request) -> list[str | None]:
-    """Categories that a run is tested on."""
-    return data.get(request.dataset).members(request.category)
+    rows = {c: [c] for c in in_rows if c in each}
+    if set(all_of_them) <= set(each):
+        some = {} if set(all_of_them) <= there else {c: [c] for c in each if c in there}
+        return (rows or some) | {AVERAGE: all_of_them}
+    return rows or each
 
 
 def _metrics_by_category(record: Record) -> dict[str | None, dict[str, float | None]]:
@@ -128,30 +131,29 @@ def _metrics_by_category(record: Record) -> dict[str | None, dict[str, float | N
 
 
 def _reproduced(
-    line: dict[str, Any], table: Reproduction, categories: list[str | None], records: Mapping[str, Record]
+    line: dict[str, Any], table: Reproduction, categories: list[str | None], runs: Runs, records: Mapping[str, Record]
 ) -> dict[str, Any]:
     """What the runs say: the columns of `cells` from `method` on."""
     metric = line["metric"]
-    requests = [r for r in table.columns[line["column"]] if set(_tested(r)) & set(categories)]
-    pairs = [(r, records[r.hash]) for r in requests if r.hash in records]
-    made = [record for _, record in pairs]
     by_seed: dict[int, dict[str | None, float | None]] = {}
-    for record in made:
+    for _, record in runs:
         values = {c: m.get(metric) for c, m in _metrics_by_category(record).items()}
         by_seed.setdefault(record["seed"], {}).update(values)
-    complete = [v for v in by_seed.values() if all(v.get(c) is not None for c in categories)]
+    whole = [v for v in by_seed.values() if set(categories) <= v.keys()]
+    complete = [v for v in whole if all(v[c] is not None for c in categories)]
     means = np.array([np.mean([100 * v[c] for c in categories]) for v in complete])  # type: ignore[operator]
-    missing = [r.name for r in requests if r.hash not in records]
-    cell: dict[str, Any] = {"method": requests[0].method, "seeds": len(means)}
+    asked = [r for r in table.columns[line["column"]] if set(tested(r)) & set(categories)]
+    missing = [r.name for r in asked if r.hash not in records]
+    cell: dict[str, Any] = {"method": asked[0].method, "seeds": len(means)}
     if missing:
-        cell["fill"] = f"{len(missing)} of {len(requests)} runs: {missing[0]}" + (", ..." if len(missing) > 1 else "")
+        cell["fill"] = f"{len(missing)} of {len(asked)} runs: {missing[0]}" + (", ..." if len(missing) > 1 else "")
     if not len(means):
-        return cell | ({} if missing else {"fill": "data without masks have no such metric"})
+        return cell | ({"fill": "data without masks have no such metric"} if whole else {})
     target = line["reported"] if line["recomputed"] is None else line["recomputed"]
-    cell |= {"reproduced": means.mean(), "tier": " + ".join(sorted({_tier(r) for r in made}))}
+    cell |= {"reproduced": means.mean(), "tier": " + ".join(sorted({_tier(r) for _, r in runs}))}
     if len(means) > 1:
         cell["spread"] = means.std(ddof=1)
-    reason = _not_comparable(table, pairs)
+    reason = _not_comparable(table, asked[0], runs)
     if reason == OTHER_DATA or target is None:
         return cell | {"verdict": NOT_COMPARABLE, "reason": reason or "nothing printed"}
     verdict, low, high = against_printed(means / 100, target / 100, len(categories), metric, comparable=not reason)
@@ -161,18 +163,21 @@ def _reproduced(
     return cell | {"low": 100 * low, "high": 100 * high}
 
 
-def _not_comparable(table: Reproduction, pairs: list[tuple[Request, Record]]) -> str | None:
+def _not_comparable(table: Reproduction, asked: Request, runs: Runs) -> str | None:
     """Why runs cannot be held against what is printed; None if they can."""
-    method, overrides = pairs[0][0].method, table.overrides.keys()
-    if not table.on_the_papers_data or not all(_has_all_images(*pair) for pair in pairs):
+    method, overrides = asked.method, table.overrides.keys()
+    if not table.on_the_papers_data or not all(_has_all_images(*run) for run in runs):
         return OTHER_DATA
     if method in IN_THE_MANNER_OF:
         return "in the manner of"
-    faithful = all(request.preset in FAITHFUL.get(method, ()) for request, _ in pairs)
-    with_dtd = all(record["protocol"].get("textures", "").startswith(DTD) for _, record in pairs)
+    n, of = len(tested(runs[0][0])), len(tested(asked))
+    if n < of:
+        return f"model of {n} of {of} categories"
+    faithful = all(request.preset in FAITHFUL.get(method, ()) for request, _ in runs)
+    with_dtd = all(record["protocol"].get("textures", "").startswith(DTD) for _, record in runs)
     if not faithful or overrides - PATHS or (table.table.dtd and not with_dtd):
         return "other settings"
-    return None if all(_as_pretrained(record) for _, record in pairs) else "other weights"
+    return None if all(_as_pretrained(record) for _, record in runs) else "other weights"
 
 
 def _step(values: pd.Series) -> float | None:

@@ -56,18 +56,20 @@ def for_terminal(frame: pd.DataFrame, width: int = 120) -> str:
     Categories are lines and columns stand beside each other; a table with one line, as of an ablation, is turned.
     """
     words = as_text(frame).assign(judged=lambda w: (w["difference"] + " " + w["verdict"]).str.strip())
-    words["ran"], blocks = frame["method"].notna(), []
+    words["ran"], words["preset"], blocks = frame["method"].notna(), _preset(words["tier"]), []
+    preset = ["preset"] if len(set(words["preset"]) - {""}) > 1 else []  # where one is all, it stands below
     for metric, part in words.groupby("metric", sort=False):
         ours, others = part[part["ran"]], part[~part["ran"]]
         if ours["category"].nunique() == 1:
-            all_of_it = ["reported", "recomputed mean", "reproduced", "seeds", "difference", "interval", "verdict"]
-            wide = ours.set_index("column")[all_of_it].rename_axis(None)
+            numbers = ["reported", "recomputed mean", "reproduced", "seeds", "difference", "interval"]
+            wide = ours.set_index("column")[[*numbers, *preset, "verdict"]].rename_axis(None)
             wide = wide.loc[:, [c in ("reported", "reproduced") or any(wide[c] != "") for c in wide]]
         else:
             means = ours[ours["recomputed mean"] != ""]
-            means = means.assign(category="recomputed", reported=means["recomputed mean"], reproduced="", judged="")
+            means = means.assign(category="recomputed", reported=means["recomputed mean"])
+            means[["reproduced", "preset", "judged"]] = ""
             ours = pd.concat([ours, means])
-            wide = _pivot(ours, ["reported", "reproduced", "judged"])
+            wide = _pivot(ours, ["reported", "reproduced", *preset, "judged"])
         blocks.append(f"{metric}, percent\n{wide.to_string(line_width=width)}")
         if len(others):
             wide = _pivot(others, ["reported"]).droplevel(1, axis=1)
@@ -79,6 +81,11 @@ def for_terminal(frame: pd.DataFrame, width: int = 120) -> str:
     if empty.any():
         blocks.append(f"{empty.sum()} cells are empty; the files say for each which runs would fill it")
     return "\n\n".join(blocks)
+
+
+def _preset(tier: pd.Series) -> pd.Series:
+    """The first part of each `tier`."""
+    return tier.str.partition(";")[0]
 
 
 def _pivot(words: pd.DataFrame, fields: list[str]) -> pd.DataFrame:
@@ -97,6 +104,9 @@ def remarks(table: Reproduction, frame: pd.DataFrame) -> list[str]:
     printed, lines = table.table, []
     if printed.note:
         lines.append(printed.note)
+    asked = table.requests[0].preset
+    if others := set(_preset(frame["tier"].fillna(""))) - {asked, ""}:
+        lines.append(f"Where runs of the preset {asked} are missing, others stand in: {', '.join(sorted(others))}.")
     if printed.ahead:
         for kind in ("reported", "reproduced"):
             wide = frame[frame["category"] != AVERAGE].pivot(index="category", columns="column", values=kind)

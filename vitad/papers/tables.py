@@ -130,7 +130,7 @@ class Reproduction:
     split
         Of `mt`; by default the paper's, or that of the data set.
     preset
-        By default `usual_preset`.
+        By default `usual_preset`. Where that is `paper`, runs of others may stand in, see `vitad.papers.nearest`.
     seeds
         How many, from 0.
     weights
