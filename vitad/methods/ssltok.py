@@ -7,6 +7,8 @@ IEEE Access 12, 127604-127613, DOI 10.1109/ACCESS.2024.3454753.
                                                 -> memory           -> tokens t_m, the nearest of normal images
     anomaly map = how far t_a is from t_hat and t_m, where the segmentation G marks what it sees of the three
 
+Each token is predicted twice: once R sees all tokens, once it does not see the token itself.
+
 The paper's, from its abstract, all that is public to us: the frozen self-supervised ViT as image tokenizer, the masked
 language model as model, R that predicts anomaly-free patch tokens, G that segments from both kinds of tokens, and
 that only R and G are trained. Ours: the memory, every layer, number, loss and kind of damage below, in short a DRAEM
@@ -80,6 +82,7 @@ class Settings:
     weight_decay: float = 0.05  # biases and norms do not decay
     warm_up: float = 0.05  # share of the steps
     # score
+    hidden_parts: int = 4  # the tokens are hidden in so many parts in turn, and predicted unseen; 0: never
     sigma: float = 4.0  # smoothing of the map, px
     top: float = 0.01  # share of the map whose mean is the image score
     amp: bool = True  # mixed precision where it is faster
@@ -114,6 +117,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "seg_width": 32,
         "epochs": 2,
         "min_steps": 0,
+        "hidden_parts": 2,
         "sigma": 1.0,
         "amp": False,
     },
@@ -125,7 +129,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no_seg": {"segment": False},  # the map is the distance of t_a from t_hat and t_m
     "no_rec": {"reconstruct": False},  # the memory and G, without t_hat
     "no_mem": {"remember": False},  # R and G, without t_m
-    "no_mask": {"mask_max": 0.0},
+    "no_mask": {"mask_max": 0.0, "hidden_parts": 0},  # without masks in training, hidden tokens cannot be predicted
     "no_synth": {"damage": 0.0, "segment": False},  # masking alone; without damage G has nothing to learn from
 }
 
@@ -385,12 +389,13 @@ class Model(Method):
 
         Returns
         -------
-        t_a, t_hat, t_m
-            Given, predicted and remembered tokens (B,N,D); None where R or the memory is off.
-        predicted, remembered
-            1 - cosine of t_a and t_hat, of t_a and t_m (B,S,S); None likewise.
+        t_a, t_hat, unseen, t_m
+            Given tokens, tokens predicted with all in view and unseen, remembered tokens, (B,N,D) each. None where R,
+            `hidden_parts` or the memory is off.
+        distances
+            {name: map (B,S,S)}: 1 - cosine of t_a and each of the other three that is there.
         distance
-            Geometric mean of the two (B,S,S), or the one that is there.
+            Their geometric mean (B,S,S).
         segmented
             Probability that G gives (B,S,S); None without G.
         map
@@ -399,23 +404,37 @@ class Model(Method):
         return self._predict(self._raw_tokens(images), images.shape[-2:])
 
     def _predict(self, raw: Tensor, size: torch.Size) -> dict[str, Any]:
-        t_a, t_hat, t_m, predicted, remembered, segmented = self._standard(raw), None, None, None, None, None
+        t_a = self._standard(raw)
+        normal: dict[str, Tensor] = {}  # what the tokens would be without anomaly
         if self.reconstruction:
-            t_hat = self.reconstruction(t_a)
-            predicted = self._on_pixels(1 - F.cosine_similarity(t_a, t_hat, dim=-1), size)
+            normal["t_hat"] = self.reconstruction(t_a)
+            if self.settings.hidden_parts:
+                normal["unseen"] = self.unseen(t_a)
         if self.settings.remember:
-            near = self.bank[self.look_up(raw)]
-            t_m = self._standard(near)
-            remembered = self._on_pixels(1 - F.cosine_similarity(raw, near, dim=-1), size)
-        if self.segmentation:
-            segmented = self.segment(t_a, t_hat, t_m)
-        distances = [d for d in (predicted, remembered) if d is not None]
-        distance = math.prod(distances).clamp_min(0) ** (1 / len(distances)) if distances else None
-        marks = [m for m in (segmented, distance) if m is not None]
-        return {
-            **{"t_a": t_a, "t_hat": t_hat, "t_m": t_m, "predicted": predicted, "remembered": remembered},
-            **{"distance": distance, "segmented": segmented, "map": math.prod(marks)},
+            normal["t_m"] = self._standard(self.bank[self.look_up(raw)])
+        distances = {
+            name: self._on_pixels(1 - F.cosine_similarity(t_a, tokens, dim=-1), size) for name, tokens in normal.items()
         }
+        factors = [math.prod(distances.values()).clamp_min(0) ** (1 / len(distances))] if distances else []
+        found = {"t_a": t_a, **dict.fromkeys(("t_hat", "unseen", "t_m")), **normal, "distances": distances}
+        found["distance"] = factors[0] if factors else None
+        found["segmented"] = None
+        if self.segmentation:
+            found["segmented"] = self.segment(t_a, found["t_hat"], found["t_m"])
+            factors.append(found["segmented"])
+        return found | {"map": math.prod(factors)}
+
+    def unseen(self, t_a: Tensor) -> Tensor:
+        """Tokens (B,N,D), each predicted while a random part of all tokens, itself among them, is hidden from R."""
+        assert self.reconstruction is not None, "reconstruct is on"
+        B, N, _ = t_a.shape
+        order = torch.randperm(N, generator=torch.Generator().manual_seed(0)).to(t_a.device)
+        predicted = torch.empty_like(t_a)
+        for part in order.chunk(self.settings.hidden_parts):
+            masked = torch.zeros(B, N, dtype=torch.bool, device=t_a.device)
+            masked[:, part] = True
+            predicted[:, part] = self.reconstruction(t_a, masked)[:, part]
+        return predicted
 
     def _on_pixels(self, values: Tensor, size: torch.Size) -> Tensor:
         """A value for each token (B,N) -> for each pixel (B,S,S), interpolated."""
