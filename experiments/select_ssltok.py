@@ -5,7 +5,8 @@
 
 One call trains one candidate, the preset `small` of METHOD (ssltok, or patchknn to compare with) with the given
 changes, on four fifths of the training images of each of the SETS, found below `VITAD_DATA`, and measures it on the
-remaining fifth. Images of one item stay together; of `mt` only MOST images are taken, to save time. Test images are never looked at. NAME names the candidate.
+remaining fifth. Images of one item stay together; of `mt` only MOST images are taken, to save time. Test images are
+never looked at. NAME names the candidate.
 
 A held-out image is measured as it is and once with each kind of damage. Training draws the kind `anything` alone, so
 the other kinds are damage that a candidate has not seen. OUT.json is a list of rows, one for each candidate and data
@@ -95,9 +96,9 @@ def candidate(dataset: str, category: str | None, method: str, changes: list[str
     for kind in KINDS:
         maps, scores, masks = score(model, rest, kind, settings.amp)
         used = masks.flatten(1).any(1)  # some damage is empty
-        parts = [torch.cat(pair).numpy() for pair in ((good, maps[used]), (unmarked, masks[used]))]
+        both = [torch.cat(pair).numpy() for pair in ((good, maps[used]), (unmarked, masks[used]))]
         labels = np.repeat([0, 1], [len(good), int(used.sum())])
-        found = evaluate(*parts, torch.cat((good_scores, scores[used])).numpy(), labels)
+        found = evaluate(*both, torch.cat((good_scores, scores[used])).numpy(), labels)
         metrics[kind] = {name: round(value, 4) for name, value in found.items()}
     unseen = [metrics[kind] for kind in KINDS if kind != "anything"]
     metrics["mean of unseen kinds"] = {name: round(float(np.mean([m[name] for m in unseen])), 4) for name in unseen[0]}
