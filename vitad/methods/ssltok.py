@@ -393,7 +393,8 @@ class Model(Method):
             Given tokens, tokens predicted with all in view and unseen, remembered tokens, (B,N,D) each. None where R,
             `hidden_parts` or the memory is off.
         distances
-            {name: map (B,S,S)}: 1 - cosine of t_a and each of the other three that is there.
+            {name: map (B,S,S)}: 1 - cosine of t_a and each of the other three that is there. For t_m both are as the
+            tokenizer gives them, not standardised, as in the look-up.
         distance
             Their geometric mean (B,S,S).
         segmented
@@ -406,15 +407,16 @@ class Model(Method):
     def _predict(self, raw: Tensor, size: torch.Size) -> dict[str, Any]:
         t_a = self._standard(raw)
         normal: dict[str, Tensor] = {}  # what the tokens would be without anomaly
+        distances: dict[str, Tensor] = {}
         if self.reconstruction:
             normal["t_hat"] = self.reconstruction(t_a)
             if self.settings.hidden_parts:
                 normal["unseen"] = self.unseen(t_a)
+            distances = {name: self._distance(t_a, tokens, size) for name, tokens in normal.items()}
         if self.settings.remember:
-            normal["t_m"] = self._standard(self.bank[self.look_up(raw)])
-        distances = {
-            name: self._on_pixels(1 - F.cosine_similarity(t_a, tokens, dim=-1), size) for name, tokens in normal.items()
-        }
+            near = self.bank[self.look_up(raw)]
+            normal["t_m"] = self._standard(near)
+            distances["t_m"] = self._distance(raw, near, size)  # as it was looked up
         factors = [math.prod(distances.values()).clamp_min(0) ** (1 / len(distances))] if distances else []
         found = {"t_a": t_a, **dict.fromkeys(("t_hat", "unseen", "t_m")), **normal, "distances": distances}
         found["distance"] = factors[0] if factors else None
@@ -436,9 +438,10 @@ class Model(Method):
             predicted[:, part] = self.reconstruction(t_a, masked)[:, part]
         return predicted
 
-    def _on_pixels(self, values: Tensor, size: torch.Size) -> Tensor:
-        """A value for each token (B,N) -> for each pixel (B,S,S), interpolated."""
-        grid = values.view(-1, 1, *self.tokenizer.patch_embed.grid_size)
+    def _distance(self, tokens: Tensor, others: Tensor, size: torch.Size) -> Tensor:
+        """1 - cosine of tokens (B,N,D), for each pixel (B,S,S), interpolated."""
+        distance = 1 - F.cosine_similarity(tokens, others, dim=-1)
+        grid = distance.view(-1, 1, *self.tokenizer.patch_embed.grid_size)
         return F.interpolate(grid, size, mode="bilinear", align_corners=False)[:, 0]
 
     def anomaly_map(self, images: Tensor) -> Tensor:
