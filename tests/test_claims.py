@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -108,6 +109,15 @@ def test_one_kind_of_defect_has_the_doubt_of_its_test_images():
     assert above(missing, scratches, "image_auroc").holds
 
 
+def test_an_interval_says_which_doubt_it_lacks():
+    one = at_least(runs_of("patchknn", seeds=1), "pro", 0.5)
+    assert one.numbers.endswith("1 seed, without the doubt of other seeds")
+    three = runs_of("patchknn", seeds=3)
+    assert at_least(three, "pro", 0.5).numbers.endswith("3 seeds")
+    bare = replace(three, records=tuple({k: v for k, v in r.items() if k != "folder"} for r in three.records))
+    assert at_least(bare, "pro", 0.5).numbers.endswith("3 seeds, without the doubt of the test images")
+
+
 def test_parts_that_add_up():
     full, base = runs_of("vitmem", name="full"), runs_of("vitmem", name="base", overrides=BASE)
     nothing = interaction_undecided(full, full, base, base, "pro")
@@ -195,4 +205,5 @@ def test_a_page_lists_the_claims_that_it_asks_for(book, monkeypatch):
     assert every.startswith("Above\n\n## [gears](../notebooks/gears.ipynb)\n\n* Frozen features beat")
     assert every.count("\n* ") == 2 and every.count("*Before:* The autoencoder won.") == 1
     assert expanded("<!-- claims chapter=gears dataset=toy -->").count("* ") == 2
+    assert expanded("<!-- claims chapter=gears dataset=mt+toy -->").count("* ") == 2
     assert expanded("<!-- claims chapter=gears dataset=mt -->") == ""

@@ -240,8 +240,9 @@ def _shown(runs: Runs, metric: str, title: bool = True) -> str:
 
 
 def _sources(found: Estimate | Difference) -> str:
-    """How many seeds an interval rests on, and whether the doubt of the test images is in it."""
-    return _seeds(found.n_seeds) + ("" if found.complete else ", without the doubt of the test images")
+    """How many seeds an interval rests on, and which doubt is not in it."""
+    lacking = f", without the doubt of {'other seeds' if found.n_seeds == 1 else 'the test images'}"
+    return _seeds(found.n_seeds) + ("" if found.complete else lacking)
 
 
 def _seeds(n: int) -> str:
