@@ -17,8 +17,8 @@ from vitad.show.notebook import PARAMETERS
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 WIDGET = "application/vnd.jupyter.widget-"
-CLAIM = """from vitad.claims import above, claim, runs_of
-claim("Frozen features win.", above(runs_of("patchknn"), runs_of("l2cae"), "image_auroc"))"""
+CLAIM = """def shown():  # claims are found in the code, this one is not run
+    return claim("Frozen features win.", above(runs_of("patchknn"), runs_of("l2cae"), "image_auroc"))"""
 
 
 def contents():

@@ -22,6 +22,7 @@ from vitad.claims import (
     gains_at_most,
     in_code,
     interaction_undecided,
+    minutes_at_most,
     near_chance,
     of_category,
     of_kind,
@@ -133,6 +134,14 @@ def test_counts():
     assert not counted(dead, "memory_in_use", 1, 100).holds
 
 
+def test_minutes_of_one_core():
+    cae = runs_of("l2cae")
+    seconds = min(sum(r["timings"][k] for k in PARTS) * r["environment"]["threads"] for r in cae.records)
+    assert minutes_at_most(cae, seconds / 60 + 0.01).holds and not minutes_at_most(cae, seconds / 60 - 0.01).holds
+    assert minutes_at_most(cae, 9.0).numbers.startswith(f"minutes l2cae {seconds / 60:.1f}, 10 seeds, ")
+
+
+PARTS = ("load_s", "prepare_s", "train_s", "score_s")
 BASE = {"memory": False, "coord_att": False}
 CELL = """
 from vitad.claims import above, claim, runs_of

@@ -23,7 +23,7 @@ from vitad.metrics import METRICS
 from vitad.runs.folder import image_resamples_from_scores
 from vitad.runs.record import Record, committed, committed_seeds
 from vitad.runs.request import Request, hash_of
-from vitad.show.tables import by_kind
+from vitad.show.tables import by_kind, core_minutes
 
 
 @dataclass(frozen=True)
@@ -199,6 +199,14 @@ def counted(runs: Runs, what: str, low: float, high: float, of: str = "") -> Evi
     return _evidence(low <= min(values) and max(values) <= high, numbers, runs)
 
 
+def minutes_at_most(runs: Runs, value: float) -> Evidence:
+    """One core took no more minutes, the shortest of the seeds, see `vitad.show.tables.core_minutes`."""
+    found = core_minutes(runs.records)
+    processors = ", ".join(sorted({r["environment"]["device_name"] for r in runs.records}))
+    numbers = f"minutes {runs.name} {found:.1f}, {_seeds(len(runs.records))}, {processors}"
+    return _evidence(found <= value, numbers, runs)
+
+
 def all_of(*evidence: Evidence) -> Evidence:
     """Everything holds."""
     rests_on = frozenset().union(*(e.rests_on for e in evidence))
@@ -268,6 +276,7 @@ VOCABULARY = {
         at_most,
         near_chance,
         counted,
+        minutes_at_most,
         all_of,
     )
 }

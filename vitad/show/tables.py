@@ -177,10 +177,7 @@ def differences(pairs: Mapping[tuple[str, ...], tuple[Sequence[Record], Sequence
 
 
 def costs(rows: Mapping[tuple[str, ...], Sequence[Record]]) -> pd.DataFrame:
-    """One line a kind of run: what its records say of its cost.
-
-    Minutes are those of one core, from loading the images to the last test image: the time that the run took, times its
-    threads. The shortest of the seeds counts, since other work on a machine only adds. Parameters are in millions.
+    """One line a kind of run: parameters in millions, weights that it needs, `core_minutes` and processors.
 
     Parameters
     ----------
@@ -189,18 +186,27 @@ def costs(rows: Mapping[tuple[str, ...], Sequence[Record]]) -> pd.DataFrame:
     """
     lines = []
     for records in rows.values():
-        first, threads = records[0], [r["environment"]["threads"] for r in records]
+        first = records[0]
         source = first["weights"]["source"]
         lines.append(
             {
                 "parameters": first["counts"]["parameters"] / 1e6,
                 "trained": first["counts"]["trained_parameters"] / 1e6,
                 "pre-trained weights": "none" if source == "random" else source,
-                "minutes": float((by_run(records)["minutes"] * threads).min()),
+                "minutes": core_minutes(records),
                 "processor": ", ".join(sorted({r["environment"]["device_name"] for r in records})),
             }
         )
     return pd.DataFrame(lines, index=pd.MultiIndex.from_tuples(rows))
+
+
+def core_minutes(records: Sequence[Record]) -> float:
+    """Minutes of one core that a run takes, from loading the images to the last test image.
+
+    That is its time, times its threads. The shortest of the seeds counts, since other work on a machine only adds.
+    """
+    threads = [r["environment"]["threads"] for r in records]
+    return float((by_run(records)["minutes"] * threads).min())
 
 
 def ablation(
