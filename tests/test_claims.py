@@ -61,6 +61,8 @@ def test_each_kind_of_evidence():
     both = all_of(at_least(knn, "image_auroc", 0.8), at_most(cae, "image_auroc", 0.84))
     assert both.holds and "autoencoder" in both.numbers and len(both.rests_on) == len(knn.records) + len(cae.records)
     assert not all_of(both, at_least(knn, "image_auroc", 0.99)).holds
+    between = all_of(at_least(knn, "image_auroc", 0.8), at_most(knn, "image_auroc", 1.0))
+    assert between.holds and between.numbers == at_least(knn, "image_auroc", 0.8).numbers
     dead = runs_of("vitmem", overrides={"shrink": 2.0})
     assert by_all_metrics(above, knn, dead).holds and not by_all_metrics(above, knn, runs_of("vitmem")).holds
     with pytest.raises(UserError, match="no committed record of patchknn-toy-weave"):

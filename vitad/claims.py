@@ -208,9 +208,9 @@ def minutes_at_most(runs: Runs, value: float) -> Evidence:
 
 
 def all_of(*evidence: Evidence) -> Evidence:
-    """Everything holds."""
+    """Everything holds; numbers that several have in common are shown once."""
     rests_on = frozenset().union(*(e.rests_on for e in evidence))
-    return Evidence(all(e.holds for e in evidence), "; ".join(e.numbers for e in evidence), rests_on)
+    return Evidence(all(e.holds for e in evidence), "; ".join(dict.fromkeys(e.numbers for e in evidence)), rests_on)
 
 
 def _compared(first: Runs, second: Runs, metric: str, verdict: str) -> Evidence:
