@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,6 +22,7 @@ from vitad.claims import (
     gains_at_most,
     in_code,
     interaction_undecided,
+    minutes_at_most,
     near_chance,
     of_category,
     of_kind,
@@ -59,6 +61,8 @@ def test_each_kind_of_evidence():
     both = all_of(at_least(knn, "image_auroc", 0.8), at_most(cae, "image_auroc", 0.84))
     assert both.holds and "autoencoder" in both.numbers and len(both.rests_on) == len(knn.records) + len(cae.records)
     assert not all_of(both, at_least(knn, "image_auroc", 0.99)).holds
+    between = all_of(at_least(knn, "image_auroc", 0.8), at_most(knn, "image_auroc", 1.0))
+    assert between.holds and between.numbers == at_least(knn, "image_auroc", 0.8).numbers
     dead = runs_of("vitmem", overrides={"shrink": 2.0})
     assert by_all_metrics(above, knn, dead).holds and not by_all_metrics(above, knn, runs_of("vitmem")).holds
     with pytest.raises(UserError, match="no committed record of patchknn-toy-weave"):
@@ -108,6 +112,15 @@ def test_one_kind_of_defect_has_the_doubt_of_its_test_images():
     assert above(missing, scratches, "image_auroc").holds
 
 
+def test_an_interval_says_which_doubt_it_lacks():
+    one = at_least(runs_of("patchknn", seeds=1), "pro", 0.5)
+    assert one.numbers.endswith("1 seed, without the doubt of other seeds")
+    three = runs_of("patchknn", seeds=3)
+    assert at_least(three, "pro", 0.5).numbers.endswith("3 seeds")
+    bare = replace(three, records=tuple({k: v for k, v in r.items() if k != "folder"} for r in three.records))
+    assert at_least(bare, "pro", 0.5).numbers.endswith("3 seeds, without the doubt of the test images")
+
+
 def test_parts_that_add_up():
     full, base = runs_of("vitmem", name="full"), runs_of("vitmem", name="base", overrides=BASE)
     nothing = interaction_undecided(full, full, base, base, "pro")
@@ -123,6 +136,14 @@ def test_counts():
     assert not counted(dead, "memory_in_use", 1, 100).holds
 
 
+def test_minutes_of_one_core():
+    cae = runs_of("l2cae")
+    seconds = min(sum(r["timings"][k] for k in PARTS) * r["environment"]["threads"] for r in cae.records)
+    assert minutes_at_most(cae, seconds / 60 + 0.01).holds and not minutes_at_most(cae, seconds / 60 - 0.01).holds
+    assert minutes_at_most(cae, 9.0).numbers.startswith(f"minutes l2cae {seconds / 60:.1f}, 10 seeds, ")
+
+
+PARTS = ("load_s", "prepare_s", "train_s", "score_s")
 BASE = {"memory": False, "coord_att": False}
 CELL = """
 from vitad.claims import above, claim, runs_of
@@ -195,4 +216,5 @@ def test_a_page_lists_the_claims_that_it_asks_for(book, monkeypatch):
     assert every.startswith("Above\n\n## [gears](../notebooks/gears.ipynb)\n\n* Frozen features beat")
     assert every.count("\n* ") == 2 and every.count("*Before:* The autoencoder won.") == 1
     assert expanded("<!-- claims chapter=gears dataset=toy -->").count("* ") == 2
+    assert expanded("<!-- claims chapter=gears dataset=mt+toy -->").count("* ") == 2
     assert expanded("<!-- claims chapter=gears dataset=mt -->") == ""

@@ -131,6 +131,66 @@ def test_panels_hold_all_metrics_and_intervals_where_there_are_some():
     assert "b" not in intervals["PRO"]
 
 
+def with_resamples(record, folder, **sd):
+    """The record beside resamples of its test set; `sd` of each metric."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    np.savez(folder / "resamples.npz", **{metric: rng.normal(0, s, 1000) for metric, s in sd.items()})
+    return record | {"folder": folder}
+
+
+def test_intervals_say_what_they_lack_and_what_is_at_chance(tmp_path):
+    protocol = {"protocol": {"image_size": [224, 224], "pro_limit": 0.3}}
+    guess = [record("a", "grouped", s, v, pro=p) | protocol for s, v, p in [(0, 0.49, 0.2), (1, 0.52, 0.1)]]
+    wrong = with_resamples(record("a", "grouped", 0, 0.2, pro=None) | protocol, tmp_path / "wrong", image_auroc=0.05)
+    old = record("a", "grouped", 0, 0.9)
+    del old["metrics"]["pixel_ap"]
+    shown = tables.intervals({("tiles", "a"): guess, ("tiles", "b"): [wrong], ("tiles", "c"): [old | protocol]})
+    assert shown.loc[("tiles", "a"), "seeds"] == 2
+    assert shown.loc[("tiles", "a"), "image AUROC"] == "0.505 [0.31, 0.70] *, at chance"  # t(0.975, 1) is 12.7
+    assert shown.loc[("tiles", "a"), "pixel AUROC"] == "0.750 [0.75, 0.75] *"
+    assert shown.loc[("tiles", "a"), "PRO"] == "0.150 [0.00, 0.79] *, at chance"
+    assert shown.loc[("tiles", "b"), "image AUROC"] == "0.200 [0.10, 0.30], below chance"
+    assert shown.loc[("tiles", "b"), "PRO"] == "–"
+    assert shown.loc[("tiles", "c")].tolist() == [1, "0.900", "0.750", "not measured", "0.500"]
+
+
+def test_differences_are_paired_and_corrected_together(tmp_path):
+    low, high = ([record("a", "grouped", s, v + 0.001 * s, pro=None) for s in range(3)] for v in (0.5, 0.9))
+    once = [[with_resamples(record("a", "grouped", 0, v), tmp_path / str(v), image_auroc=v / 10)] for v in (0.5, 0.8)]
+    shown = tables.differences({("tiles", "x"): (high, low), ("tiles", "y"): (low[:1], high), ("pills", "z"): once})
+    assert shown["seeds"].tolist() == [3, 1, 1]
+    assert shown["image AUROC"].tolist() == [
+        "+0.400 [+0.40, +0.40] *, above",
+        "-0.400, undecided: one seed",  # paired with the same seed of the other
+        "-0.300 [-0.36, -0.24], undecided: one seed",  # the same resamples, 0.03 apart
+    ]
+    assert shown["pixel AUROC"].tolist()[0] == "+0.000 [+0.00, +0.00] *, undecided"
+    assert shown["PRO"].tolist() == ["–", "–", "+0.000, undecided: one seed"]
+    assert shown.index.tolist() == [("tiles", "x"), ("tiles", "y"), ("pills", "z")]
+
+
+def test_costs_are_minutes_of_one_core_and_weights():
+    def run(seed, threads, **timings):
+        r = record("a", "grouped", seed, 0.5)
+        r["timings"] = r["timings"] | timings
+        return r | {
+            "environment": {"threads": threads, "device_name": f"processor {threads}"},
+            "counts": {"parameters": 2_000_000, "trained_parameters": 500_000},
+        }
+
+    (row,) = tables.costs({("tiles", "a"): [run(0, 2), run(1, 1, train_s=180)]}).to_dict("records")
+    assert row == {
+        "parameters": 2.0,
+        "trained": 0.5,
+        "pre-trained weights": "none",
+        "minutes": 3.0,  # 1.5 of two cores, against 3.5
+        "processor": "processor 1, processor 2",
+    }
+    loaded = run(0, 1) | {"weights": {"asked": "auto", "source": "a file"}}
+    assert tables.costs({("tiles", "a"): [loaded]})["pre-trained weights"].item() == "a file"
+
+
 def test_what_is_expected_comes_from_the_spread_of_the_runs():
     mean, tolerance, n = evidence.expected(RECORDS[:3])
     assert (mean, n) == (pytest.approx(0.8), 3)

@@ -23,7 +23,7 @@ from vitad.metrics import METRICS
 from vitad.runs.folder import image_resamples_from_scores
 from vitad.runs.record import Record, committed, committed_seeds
 from vitad.runs.request import Request, hash_of
-from vitad.show.tables import by_kind
+from vitad.show.tables import by_kind, core_minutes
 
 
 @dataclass(frozen=True)
@@ -199,10 +199,18 @@ def counted(runs: Runs, what: str, low: float, high: float, of: str = "") -> Evi
     return _evidence(low <= min(values) and max(values) <= high, numbers, runs)
 
 
+def minutes_at_most(runs: Runs, value: float) -> Evidence:
+    """One core took no more minutes, the shortest of the seeds, see `vitad.show.tables.core_minutes`."""
+    found = core_minutes(runs.records)
+    processors = ", ".join(sorted({r["environment"]["device_name"] for r in runs.records}))
+    numbers = f"minutes {runs.name} {found:.1f}, {_seeds(len(runs.records))}, {processors}"
+    return _evidence(found <= value, numbers, runs)
+
+
 def all_of(*evidence: Evidence) -> Evidence:
-    """Everything holds."""
+    """Everything holds; numbers that several have in common are shown once."""
     rests_on = frozenset().union(*(e.rests_on for e in evidence))
-    return Evidence(all(e.holds for e in evidence), "; ".join(e.numbers for e in evidence), rests_on)
+    return Evidence(all(e.holds for e in evidence), "; ".join(dict.fromkeys(e.numbers for e in evidence)), rests_on)
 
 
 def _compared(first: Runs, second: Runs, metric: str, verdict: str) -> Evidence:
@@ -240,8 +248,9 @@ def _shown(runs: Runs, metric: str, title: bool = True) -> str:
 
 
 def _sources(found: Estimate | Difference) -> str:
-    """How many seeds an interval rests on, and whether the doubt of the test images is in it."""
-    return _seeds(found.n_seeds) + ("" if found.complete else ", without the doubt of the test images")
+    """How many seeds an interval rests on, and which doubt is not in it."""
+    lacking = f", without the doubt of {'other seeds' if found.n_seeds == 1 else 'the test images'}"
+    return _seeds(found.n_seeds) + ("" if found.complete else lacking)
 
 
 def _seeds(n: int) -> str:
@@ -267,6 +276,7 @@ VOCABULARY = {
         at_most,
         near_chance,
         counted,
+        minutes_at_most,
         all_of,
     )
 }

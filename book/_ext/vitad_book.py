@@ -1,11 +1,9 @@
-"""Sphinx extension: tables of the run records in the pages of the book, and no script of another host.
+"""Sphinx extension: claims in the pages of the book, and no script of another host.
 
-A comment in a page under book/ is replaced while the book is built. Its `key=value` pairs choose among the records:
+A comment in a page under book/ is replaced while the book is built:
 
-    <!-- results dataset=mt -->                                    a table with a row for each setting: means over seeds
-    <!-- splits dataset=mt honest=grouped other=differnet -->      what another split changes for each method
-    <!-- claims -->                                                all claims of the book; a fallen one is an error
-    <!-- claims chapter=comparison dataset=mt -->                  those of a chapter that rest on this data alone
+    <!-- claims -->                                      all claims of the book; a fallen one is an error
+    <!-- claims chapter=comparison dataset=mvtec+mt -->  those of a chapter that rest on these data sets alone
 """
 
 import re
@@ -15,38 +13,28 @@ from pathlib import Path
 from sphinx.errors import SphinxError
 
 from vitad import claims, runs
+from vitad.data.dataset import JOIN
 from vitad.runs.request import hash_of
-from vitad.show import tables
 
-MARKER = re.compile(r"<!-- (results|splits|claims)((?: \w+=[\w.-]+)*) -->")
+MARKER = re.compile(r"<!-- claims((?: \w+=[\w.+-]+)*) -->")
 
 
 def expand(app, docname, source):
     root = Path(app.srcdir)
 
     def replacement(match):
-        wanted = dict(pair.split("=") for pair in match[2].split())
-        return list_of_claims(root, **wanted) if match[1] == "claims" else table_of_records(root, wanted)
+        return list_of_claims(root, **dict(pair.split("=") for pair in match[1].split()))
 
     if docname.startswith("book/"):
         source[0] = MARKER.sub(replacement, source[0])
 
 
-def table_of_records(root, wanted):
-    """The records that have the wanted values, as a Markdown table."""
-    splits = [wanted.pop(key) for key in ("honest", "other") if key in wanted]
-    records = [r for r in runs.committed(results=root / "results") if all(str(r[k]) == v for k, v in wanted.items())]
-    records = [r for r in records if set(r["overrides"]) <= {"image_size"}]  # ablations have their own chapters
-    if not records:
-        return "*No record of such a run has been committed yet.*"
-    return tables.markdown(tables.across_splits(records, *splits) if splits else tables.over_seeds(records))
-
-
 def list_of_claims(root, chapter=None, dataset=None):
-    """All claims by chapter, or those of one chapter that rest on records of one data set, as Markdown."""
+    """All claims by chapter, or those of one chapter that rest on some data sets alone, joined with +, as Markdown."""
     found = checked_claims(root / "notebooks")
     if chapter:
-        of_data = {hash_of(r) for r in runs.committed(results=root / "results") if r["dataset"] == dataset}
+        records = runs.committed(results=root / "results")
+        of_data = {hash_of(r) for r in records if r["dataset"] in dataset.split(JOIN)}
         chosen = [c for c in found if c.chapter == chapter and c.evidence.rests_on <= of_data]
         return "\n".join(map(as_item, chosen))
     lines = []

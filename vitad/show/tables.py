@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from vitad.evidence import estimate, expected
+from vitad.evidence import compare, estimate, expected
 from vitad.metrics import METRICS, auroc
 from vitad.runs import Request, committed_seeds, on_other_processors
 from vitad.runs.record import Record
@@ -130,6 +130,85 @@ def panels(rows: Mapping[str, Sequence[Record]]) -> tuple[dict[str, dict], dict[
     return values, intervals
 
 
+def intervals(rows: Mapping[tuple[str, ...], Sequence[Record]]) -> pd.DataFrame:
+    """One line a kind of run: number of seeds, and each metric as `mean [low, high]` with its interval of 95 %.
+
+    The interval holds the doubt of the seeds, where there are several, and that of the test images; one without the
+    latter is marked with `*`. Where neither is known there is none. A metric that guessing would give as well is said
+    to be *at chance*: the interval holds 0.5 for an AUROC, and half of its limit for PRO (random scores give a straight
+    line of slope 1). Pixel AP has no such mark, since its chance level is the share of defective pixels in the images.
+
+    Parameters
+    ----------
+    rows
+        {keys: records of its seeds}; the keys become the index.
+    """
+    lines = [
+        {"seeds": len(records)} | {title: _with_interval(records, metric) for metric, title in METRICS.items()}
+        for records in rows.values()
+    ]
+    return pd.DataFrame(lines, index=pd.MultiIndex.from_tuples(rows), columns=["seeds", *METRICS.values()])
+
+
+def differences(pairs: Mapping[tuple[str, ...], tuple[Sequence[Record], Sequence[Record]]]) -> pd.DataFrame:
+    """One line a pair: seeds in common, and for each metric first minus second as `difference [low, high] verdict`.
+
+    The interval of 95 % is without correction. The verdict, above, below or undecided, is with Holm's correction over
+    the whole table; one seed decides nothing. `*` as in `intervals`.
+
+    Parameters
+    ----------
+    pairs
+        {keys: (records, records)}; the keys become the index.
+    """
+    found = compare({str(k): pair for k, pair in enumerate(pairs.values())})
+    lines = []
+    for k in range(len(pairs)):
+        of_pair = found.loc[str(k)]
+        line: dict[str, Any] = {"seeds": of_pair["seeds"].max()}
+        for metric, title in METRICS.items():
+            d = of_pair.loc[metric]
+            bounds = f" [{d['low']:+.2f}, {d['high']:+.2f}]" if np.isfinite(d["low"]) else ""
+            mark = "" if d["complete"] or d["seeds"] == 1 else " *"
+            verdict = f"{d['verdict']}: one seed" if d["seeds"] == 1 else d["verdict"]
+            line[title] = f"{d['value']:+.3f}{bounds}{mark}, {verdict}" if d["seeds"] else NOT_DEFINED
+        lines.append(line)
+    return pd.DataFrame(lines, index=pd.MultiIndex.from_tuples(pairs), columns=["seeds", *METRICS.values()])
+
+
+def costs(rows: Mapping[tuple[str, ...], Sequence[Record]]) -> pd.DataFrame:
+    """One line a kind of run: parameters in millions, weights that it needs, `core_minutes` and processors.
+
+    Parameters
+    ----------
+    rows
+        As in `intervals`.
+    """
+    lines = []
+    for records in rows.values():
+        first = records[0]
+        source = first["weights"]["source"]
+        lines.append(
+            {
+                "parameters": first["counts"]["parameters"] / 1e6,
+                "trained": first["counts"]["trained_parameters"] / 1e6,
+                "pre-trained weights": "none" if source == "random" else source,
+                "minutes": core_minutes(records),
+                "processor": ", ".join(sorted({r["environment"]["device_name"] for r in records})),
+            }
+        )
+    return pd.DataFrame(lines, index=pd.MultiIndex.from_tuples(rows))
+
+
+def core_minutes(records: Sequence[Record]) -> float:
+    """Minutes of one core that a run takes, from loading the images to the last test image.
+
+    That is its time, times its threads. The shortest of the seeds counts, since other work on a machine only adds.
+    """
+    threads = [r["environment"]["threads"] for r in records]
+    return float((by_run(records)["minutes"] * threads).min())
+
+
 def ablation(
     variants: Mapping[str, Sequence[Record]], printed: Mapping[str, Mapping[str, float]] | None = None
 ) -> pd.DataFrame:
@@ -187,6 +266,22 @@ def _has(record: Record, metric: str) -> bool:
 
 def _data(record: Record) -> str:
     return " ".join(filter(None, (record["dataset"], record["category"], record["split"])))
+
+
+def _with_interval(records: Sequence[Record], metric: str) -> str:
+    """A cell of `intervals`."""
+    if not all(metric in r["metrics"] for r in records):
+        return NOT_MEASURED
+    found = estimate(records, metric)
+    if not found.n_seeds:
+        return NOT_DEFINED
+    if found.sd_seeds is None and found.sd_test is None:
+        return f"{found.value:.3f}"
+    pro_limit = records[0]["protocol"]["pro_limit"]
+    chance = {"image_auroc": 0.5, "pixel_auroc": 0.5, "pro": pro_limit / 2}.get(metric, -1.0)
+    word = ", below chance" if found.high < chance else ", at chance" if found.low <= chance else ""
+    mark = " *" if found.sd_test is None else ""
+    return f"{found.value:.3f} [{found.low:.2f}, {found.high:.2f}]{mark}{word}"
 
 
 def _means(metrics: Sequence[Mapping[str, Any]], *names: str) -> dict[str, str]:
