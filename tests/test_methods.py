@@ -608,7 +608,7 @@ def gears_for_training(make_toy):
     [
         ("anovit", 24, {"epochs": 8, "lr": 2e-3}),
         ("vitmem", 60, {"epochs": 16, "lr": 1e-3}),
-        ("ssltok", 24, {"epochs": 80, "lr": 1e-3, "standardise": True, "pool": 12, "product": True}),
+        ("ssltok", 24, {"epochs": 80, "pool": 12}),
         ("l2cae", 24, {"epochs": 12, "lr": 1e-3}),
     ],
 )

@@ -47,9 +47,11 @@ CHANGES = {
     "mala no_tbm": {"tbm"},
     "mala mode=global": {"stage2 damage"},
     "mala mode=local": {"stage2 damage"},
-    "ssltok pretrained=True": {"tokenizer"},
+    "ssltok pretrained=True": {"tokenizer", "bank"},
     "ssltok mode=local": {"train damage"},
-    "ssltok mode=both": {"train damage"},
+    "ssltok mode=global": {"train damage"},
+    "ssltok remember=False": {"bank"},
+    "ssltok no_mem": {"bank"},
     "ssltok reconstruct=False": {"reconstruction", "train masked", "train dropout"},
     "ssltok no_rec": {"reconstruction", "train masked", "train dropout"},
     "ssltok segment=False": {"segmentation"},
@@ -90,7 +92,7 @@ def traced(toy_root, weights):
         found = {part: state(module) for part, module in model.named_children() if state(module)}
         images = load(model.settings.image_size)
         model.prepare(images, CPU)
-        if name == "patchknn":
+        if name in ("patchknn", "ssltok"):
             found["bank"] = {"chosen": model.bank}
         drawn = watched(model)
         train(model, images, seed, CPU, amp=False)
@@ -138,7 +140,7 @@ def watched(model):
         model.random_visible = noting(model.random_visible, "visible", lambda visible: visible)
         model.damaged = noting(model.damaged, "damage", lambda damaged: damaged["mask"])
     if isinstance(model, ssltok.Model):
-        model.pairs = noting(model.pairs, "damage", lambda pairs: pairs[2])
+        model.pairs = noting(model.pairs, "damage", lambda pairs: pairs[3])
         if R := model.reconstruction:
             R.register_forward_pre_hook(lambda _, arguments: note("masked", arguments[1]))
             R.dropout.register_forward_hook(lambda _, __, tokens: note("dropout", tokens == 0))

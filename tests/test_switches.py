@@ -116,7 +116,7 @@ def test_settings_of_the_optimiser_reach_both_stages_of_mala(method, name, value
     ("ssltok", "kinds", ("pit", "crack"), "kinds"),
     ("ssltok", "mode", "local", "mode"),
     ("ssltok", "textures", "a folder", "textures"),
-    ("ssltok", "keep_grey", True, "keep_grey"),
+    ("ssltok", "keep_grey", False, "keep_grey"),
 )
 def test_settings_of_damage_reach_the_synthesis(method, name, value, attribute):
     usual, other = changed(method, name, value)
@@ -202,7 +202,7 @@ def test_a_larger_sigma_makes_the_map_smoother(method, name, sigma, gears):
     ("mala", "recon_passes", "unmasked", {"pipeline": "recon"}),
     ("ssltok", "blocks", (1,), {}),
     ("ssltok", "hidden_parts", 4, {}),
-    ("ssltok", "product", True, {}),
+    ("ssltok", "remember", False, {}),
     ("patchknn", "blocks", (1,), {}),
 )
 def test_settings_of_the_score_change_the_map(method, name, value, both, gears):
@@ -513,19 +513,27 @@ def test_mala_scores_the_mean_over_the_given_window():
 # --- ssltok -----------------------------------------------------------------------------------------------
 
 
-@covers("ssltok", "standardise")
-def test_ssltok_can_standardise_its_tokens(gears):
-    usual, other = changed("ssltok", "standardise", True)
+@covers("ssltok", "remember")
+def test_ssltok_can_do_without_its_memory():
+    usual, other = changed("ssltok", "remember", False)
+    assert [len(model.bank) for model in (usual, other)] == [200, 0]
+    assert [model.segmentation.embed.in_channels for model in (usual, other)] == [256, 192]
+
+
+@covers("ssltok", "bank_size")
+def test_ssltok_keeps_the_given_number_of_tokens(gears):
+    """Of 192 that there are."""
+    usual, other = changed("ssltok", "bank_size", 50)
     for model in (usual, other):
         model.prepare(gears.train, CPU)
-    assert usual.std.unique().tolist() == [1.0] != other.std.unique().tolist()
+    assert [int(model.bank.any(1).sum()) for model in (usual, other)] == [192, 50]
 
 
 @covers("ssltok", "damage")
 def test_ssltok_damages_the_given_share_of_images(gears):
     def share(model):
         torch.manual_seed(0)
-        _, _, mask = model.pairs(gears.train.batch(range(12)))
+        *_, mask = model.pairs(gears.train.batch(range(12)))
         return mask.any((1, 2)).float().mean().item()
 
     usual, other = changed("ssltok", "damage", 1.0)
@@ -597,30 +605,6 @@ def test_the_segmentation_has_the_given_width():
     assert [model.segmentation.embed.out_channels for model in (usual, other)] == [32, 64]
 
 
-@covers("ssltok", "seg_loss")
-def test_the_segmentation_can_be_trained_with_a_balanced_loss(gears):
-    usual, other = changed("ssltok", "seg_loss", "balanced")
-    batch = gears.test.batch([0, 1])
-    assert set(other.losses(batch)) == {"cosine", "smooth_l1", "segmentation"} != set(usual.losses(batch))
-
-
-@covers("ssltok", "use_diff")
-def test_the_segmentation_can_do_without_the_difference():
-    usual, other = changed("ssltok", "use_diff", False)
-    assert [model.segmentation.embed.in_channels for model in (usual, other)] == [192, 128]
-
-
-@covers("ssltok", "detach_rec")
-def test_the_loss_of_the_segmentation_can_be_kept_from_the_reconstruction(gears):
-    def reaches_reconstruction(model):
-        found = model.losses(gears.train.batch(range(4)))
-        (found["focal"] + found["l1"]).backward()
-        return model.reconstruction.mask.grad is not None
-
-    usual, other = changed("ssltok", "detach_rec", True)
-    assert reaches_reconstruction(usual) and not reaches_reconstruction(other)
-
-
 @covers("ssltok", "min_steps")
 def test_ssltok_trains_longer_where_the_steps_are_few(gears):
     """Twelve images are one step an epoch."""
@@ -637,23 +621,10 @@ def test_ssltok_warms_up_over_the_given_share_of_its_steps():
     assert rates[1] == 0.5 != rates[0]
 
 
-@covers("ssltok", "score")
-def test_ssltok_can_score_the_highest_pixels():
-    usual, other = changed("ssltok", "score", "top")
-    assert score_of_a_point(other) == round(1 / 41, 4) != score_of_a_point(usual)
-
-
-@covers("ssltok", "window")
-def test_ssltok_scores_the_mean_over_the_given_window():
-    usual, other = changed("ssltok", "window", 3)
-    assert score_of_a_point(other) == round(1 / 9, 4) != score_of_a_point(usual)
-
-
 @covers("ssltok", "top")
-def test_ssltok_says_which_share_of_pixels_it_scores():
-    usual, other = changed("ssltok", "top", 0.5, score="top")
-    assert other.protocol["image_score"] == "mean of the highest 50.0% of the map" != usual.protocol["image_score"]
-    assert score_of_a_point(other) == round(1 / 2048, 4)
+def test_ssltok_scores_the_given_share_of_pixels():
+    usual, other = changed("ssltok", "top", 0.5)
+    assert score_of_a_point(other) == round(1 / 2048, 4) != score_of_a_point(usual)
 
 
 # --- rivals -----------------------------------------------------------------------------------------------

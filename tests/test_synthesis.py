@@ -2,12 +2,13 @@
 
 import doctest
 import shutil
+import sys
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
-from scipy.ndimage import label
+from scipy.ndimage import label, uniform_filter
 from scipy.stats import ks_2samp
 
 from benchmarks.synthesis import plain_damage, plain_perlin
@@ -238,6 +239,115 @@ class TestEveryKind:
         assert got["image"].is_cuda
         assert (expected["mask"] != got["mask"].cpu()).float().mean() < 1e-3  # rounding may decide at the rim
         assert ((expected["image"] - got["image"].cpu()).abs() > 0.02).float().mean() < 1e-3
+
+
+ANYTHING = sys.modules["vitad.data.synthesis.anything"]  # the package's `anything` is the function
+
+
+class TestAnything:
+    def test_sizes_range_from_specks_to_large_parts(self):
+        share = always("anything")(random_images(300, (112, 112)), 0, 0)["mask"].float().mean((1, 2, 3))
+        assert (share < 0.001).float().mean() > 0.05 and (share > 0.05).float().mean() > 0.1
+        assert 0.003 < share.median() < 0.03 and share.max() > 0.1
+
+    @pytest.mark.parametrize("size", [(112, 112), (100, 160)])
+    def test_shapes_grow_with_the_image(self, size):
+        """The same draws in an image of twice the size, its pixels averaged in fours, give the same shape."""
+
+        def shapes(factor):
+            centre = [torch.full((40,), factor * n / 2 + (factor - 1) / 2) for n in size]
+            images = torch.zeros(1, 3, *(factor * n for n in size))
+            return ANYTHING._shape(np.random.default_rng(0), images, centre)
+
+        small, large = shapes(1), torch.nn.functional.avg_pool2d(shapes(2), 2)
+        difference = (small - large).abs().sum((1, 2)) / large.sum((1, 2))
+        assert difference.median() < 0.1 and difference.max() < 0.5
+
+    def test_no_change_below_five_grey_levels_is_painted_or_marked(self):
+        images = random_images(100)
+        out = always("anything")(images, 0, 0)
+        change = (out["image"] - images).abs().amax(1, keepdim=True)
+        assert change[out["mask"]].min() * 255 > 5 and change[~out["mask"]].max() == 0
+        assert (change[out["mask"]] * 255 < 8).any()  # the rims reach down to there
+
+    def test_each_filling_occurs_as_often_with_opacities_from_a_quarter_to_one(self, monkeypatch):
+        """Each paints a colour of its own on black."""
+        colours = {"_texture": (1, 0, 0), "_elsewhere": (0, 1, 0), "_tone": (0, 0, 1), "_gain": (1, 1, 0)}
+        for name, colour in (colours | {"_blur": (0, 1, 1)}).items():
+            column = torch.tensor(colour).float()[:, None]
+            monkeypatch.setattr(ANYTHING, name, lambda *_, c=column: lambda s, y, x, before: c.expand(-1, len(s)))
+        out = always("anything")(torch.zeros(500, 3, 112, 112), 0, 0)
+        strongest = out["image"].flatten(2).amax(2)  # (500,3)
+        assert torch.equal((strongest > 0).any(1), out["label"].bool()) and out["label"].sum() > 470
+        seen = (strongest > 0).int().tolist()
+        assert all(70 < seen.count(list(c)) < 130 for c in (*colours.values(), (0, 1, 1)))
+        opacity = strongest.amax(1)[out["mask"].flatten(1).sum(1) > 300]  # large ones are whole inside
+        assert 0.25 < opacity.min() < 0.3 and 0.95 < opacity.max() < 1 and (opacity.mean() - 0.625).abs() < 0.05
+
+    def filled(self, name, images, n=40, **settings):
+        """(n,3,H,W): copies of the images, in another order, filled completely. And those copies."""
+        rows = torch.arange(n).flip(0) % len(images)
+        H, W = images.shape[-2:]
+        s, y, x = pixels_above(torch.ones(n, H, W), 0)
+        fill = getattr(ANYTHING, name)(always("anything", **settings), np.random.default_rng(0), images, rows)
+        copies = images[rows]
+        after = fill(s, y, x, copies.transpose(0, 1).flatten(1))
+        return after.view(3, n, H, W).transpose(0, 1), copies
+
+    def test_elsewhere_is_the_image_itself_moved_and_mirrored_or_not(self):
+        H, W, seen = 20, 30, []
+        for after, image in zip(*self.filled("_elsewhere", random_images(4, (H, W))), strict=True):
+            row, column = (image == after[:, :1, :1]).all(0).nonzero()[0].tolist()  # what the first pixel shows
+            for axes in ((), (1,), (2,), (1, 2)):
+                up, left = (row - (H - 1) * (1 in axes)) % H, (column - (W - 1) * (2 in axes)) % W
+                if torch.equal(after, image.roll((-up, -left), (1, 2)).flip(axes)):
+                    seen.append((axes, up, left))
+                    assert 2 <= up < 18 and 3 <= left < 27
+        assert len(seen) == 40 and len(set(seen)) > 35
+        assert {axes for axes, *_ in seen} == {(), (1,), (2,), (1, 2)}
+        after, flat = self.filled("_elsewhere", torch.full((4, 3, H, W), 0.5))
+        assert torch.equal(after, flat)
+
+    def test_a_blur_is_the_mean_around_each_pixel(self):
+        def mean(image, reach):
+            """Over what lies inside the image."""
+            size = (1, 2 * reach + 1, 2 * reach + 1)
+            inside = uniform_filter(np.ones(image.shape), size, mode="constant")
+            return uniform_filter(image.double().numpy(), size, mode="constant") / inside
+
+        images, seen = random_images(1, (20, 30)), []
+        means = {reach: mean(images[0], reach) for reach in range(1, 8)}
+        for after in self.filled("_blur", images)[0]:
+            seen += [reach for reach, blurred in means.items() if np.abs(after.numpy() - blurred).max() < 1e-5]
+        assert len(seen) == 40 and set(seen) == {2, 3, 4, 5}
+        after, flat = self.filled("_blur", torch.full((4, 3, 20, 30), 0.5))
+        torch.testing.assert_close(after, flat)
+
+    def test_a_gain_darkens_or_brightens_clearly(self):
+        after, images = self.filled("_gain", random_images(4, (20, 30)))
+        factor = after.flatten(1).amin(1) / images.flatten(1).amin(1)
+        assert torch.allclose(after, (images * factor[:, None, None, None]).clamp(max=1))
+        assert factor.min() > 0.299 and factor.max() < 2.001 and not ((factor > 0.851) & (factor < 1.149)).any()
+        assert 10 < (factor < 1).sum() < 30
+
+    def test_a_tone_is_one_colour_or_one_grey(self):
+        after, _ = self.filled("_tone", random_images(4, (20, 30)))
+        assert torch.equal(after, after[:, :, :1, :1].expand_as(after))
+        assert 10 < after[:, :, 0, 0].eq(after[:, :1, 0, 0]).all(1).sum() < 30
+        assert len(after[:, 0, 0, 0].unique()) == 40 and after.min() < 0.1 and after.max() > 0.9
+        grey, _ = self.filled("_tone", random_grey_images(4), keep_grey=True)
+        assert torch.equal(grey, grey[:, :1].expand_as(grey))
+
+    def test_a_texture_shows_nothing_of_the_image(self, texture_folder):
+        textures = {"textures": str(texture_folder)}
+        after, _ = self.filled("_texture", random_images(4), **textures)
+        other, _ = self.filled("_texture", random_images(4, seed=1), **textures)
+        assert torch.equal(after, other)
+        for image in after:
+            colours = torch.unique((image.flatten(1).T * 50).round(), dim=0)
+            assert len(colours) <= 12  # one colour, black where it was turned, JPEG
+        grey, _ = self.filled("_texture", random_grey_images(4), keep_grey=True, **textures)
+        assert torch.equal(grey, after.mean(1, keepdim=True).expand_as(grey))
 
 
 class TestPerlin:

@@ -218,10 +218,10 @@ class Model(Method):
         with torch.autocast(tokens.device.type, enabled=False):  # half precision cannot tell cosines near 1 apart
             bank = F.normalize(self.bank, dim=-1)
             similarity = F.normalize(tokens.float(), dim=-1) @ bank.T  # (B,N,M)
+            excluded = bank.eq(0).all(-1).expand(len(tokens), 1, -1)  # (B,1,M): free rows
             if items is not None:
-                same = items[:, None] == self.owners  # (B,M)
-                similarity.masked_fill_(same[:, None].to(tokens.device), -1)
-            return similarity.argmax(-1)
+                excluded = excluded | (items[:, None, None] == self.owners).to(tokens.device)
+            return similarity.masked_fill_(excluded, -torch.inf).argmax(-1)
 
     def _fill_bank(self) -> None:
         """Keep tokens of the training images, drawn evenly."""
@@ -231,7 +231,12 @@ class Model(Method):
         chosen = torch.randperm(n * N, generator=generator(self.seed, "bank"))[:size].sort().values
         self.bank[:size] = self.clean.view(-1, D)[chosen].to(self.bank)
         self.owners = torch.full((len(self.bank),), -1)
-        self.owners[:size] = self.items[chosen // N]
+        self.owners[:size] = owners = self.items[chosen // N]
+        if owners.eq(owners[0]).all():
+            raise UserError(
+                f"remember=True: the {size} tokens that are kept are all of one item, which may not find itself. Train "
+                "on images of other items as well, raise bank_size, or set remember to false."
+            )
 
     # --- training pairs ---
 
@@ -315,7 +320,7 @@ class Model(Method):
             M[chosen] = self.pool["mask"][version, index[chosen]].to(x.device)
             row[chosen] = version + 1
         elif len(chosen):
-            foreground = self._foreground(x[chosen], batch["texture"].numpy()[chosen])
+            foreground = self._foreground(x[chosen], batch["texture"][chosen].numpy())
             damaged = self.synthesis(x[chosen], seed_of(seed, "damage"), 0, foreground)
             raw[chosen] = self._raw_tokens(damaged["image"])
             M[chosen] = damaged["mask"][:, 0]
