@@ -216,12 +216,13 @@ class Model(Method):
         With `items` (B,) tokens of the same item are passed over, so that a training image does not find itself.
         """
         with torch.autocast(tokens.device.type, enabled=False):  # half precision cannot tell cosines near 1 apart
-            bank = F.normalize(self.bank, dim=-1)
+            filled = int(self.bank.any(1).sum())  # free rows come last
+            bank = F.normalize(self.bank[:filled], dim=-1)
             similarity = F.normalize(tokens.float(), dim=-1) @ bank.T  # (B,N,M)
-            excluded = bank.eq(0).all(-1).expand(len(tokens), 1, -1)  # (B,1,M): free rows
             if items is not None:
-                excluded = excluded | (items[:, None, None] == self.owners).to(tokens.device)
-            return similarity.masked_fill_(excluded, -torch.inf).argmax(-1)
+                same = (items[:, None, None] == self.owners[:filled]).to(tokens.device)  # (B,1,M)
+                similarity.masked_fill_(same, -torch.inf)
+            return similarity.argmax(-1)
 
     def _fill_bank(self) -> None:
         """Keep tokens of the training images, drawn evenly."""
