@@ -63,9 +63,7 @@ class Settings:
     pool: int = 3  # fixed damaged versions of each image, whose tokens are cached too; 0: drawn anew in every step
     # memory
     remember: bool = True
-    bank_size: int = (
-        40_000  # tokens of normal images that are kept, as many as patchknn does, or all if there are fewer
-    )
+    bank_size: int = 40_000  # tokens of normal images that are kept, as in patchknn; all if there are fewer
     # reconstruction
     reconstruct: bool = True
     mask_max: float = 0.5  # share of the tokens that are masked: U(0, mask_max) for each image
