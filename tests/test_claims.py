@@ -73,10 +73,10 @@ def test_each_kind_of_evidence():
 
 
 def test_a_comparison_shows_the_seeds_that_both_have():
-    ten, three = runs_of("vitmem"), runs_of("ssltok")
+    ten, three = runs_of("vitmem"), runs_of("vitmem", name="dead", overrides={"shrink": 2.0})
     assert (len(ten.records), len(three.records)) == (10, 3)
     of_three = f"{estimate(ten.records[:3], 'pro').value:.3f}"
-    assert f"PRO vitmem {of_three}, ssltok" in undecided(ten, three, "pro").numbers
+    assert f"PRO vitmem {of_three}, dead" in undecided(ten, three, "pro").numbers
     assert above(three, ten, "pro").rests_on == above(three, runs_of("vitmem", seeds=3), "pro").rests_on
 
 
