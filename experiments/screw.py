@@ -10,7 +10,7 @@ resamples (`vitad.resampling`). A higher score means more anomalous; with the si
 
     scored     a method; `brightness`, the mean of the image, for each category at hand; `mid-grey` and `mean training
                image`, the squared error to a picture that no network has painted, smoothed as in l2cae
-    trained    false: the network as its run began, before the first step; none where nothing can be trained
+    state      `trained`, or `untrained`, the network as its run began; none where there is nothing to train
     run, seed  hash of the record's run, and its seed; none where there is no run
     images     `as they are`, or `scaled`, each to the mean brightness of the training images
     score      `own`, the method's, which for autoencoders is the maximum of the map; or `mean`, of the map
@@ -37,7 +37,7 @@ from vitad.runs import Request, hash_of, load_model, read_record, score
 from vitad.settings import resolve
 
 OUT = Path(__file__).with_suffix(".json")
-NAMES = ("scored", "category", "trained", "seed", "images", "score")
+NAMES = ("scored", "category", "state", "seed", "images", "score")
 CPU = torch.device("cpu")
 PX, SIGMA = 256, 4.0  # of l2cae, where nothing is trained
 
@@ -90,22 +90,22 @@ def of_run(folder: str) -> list[dict]:
     """The rows of a run: of its network, and where that is trained, of the same network before."""
     record, rows = read_record(folder), []
     request = request_of(record)
-    split, models = request.load(), {True: load_model(folder, "cpu")}
-    if models[True].phases():
-        models[False] = before_training(request)
+    split, models = request.load(), {"trained": load_model(folder, "cpu")}
+    if models["trained"].phases():
+        models["untrained"] = before_training(request)
     names = {"scored": request.method, "category": request.category, "seed": request.seed, "run": hash_of(record)}
-    for trained, model in models.items():
+    for state, model in models.items():
         for treatment, images in treatments(split).items():
             maps, own = score(model, images, CPU, 16, model.settings.amp)
             for rule, scores in {"own": own, "mean": maps.mean((1, 2))}.items():
-                more = {"trained": trained if len(models) > 1 else None, "images": treatment, "score": rule}
+                more = {"state": state if model.phases() else None, "images": treatment, "score": rule}
                 rows.append(row(split.test, scores, **names, **more))
     return rows
 
 
 def of_no_method() -> list[dict]:
     """The rows of pictures that no network has painted, and of brightness alone."""
-    rows, names = [], {"category": "screw", "trained": None, "seed": None, "run": None}
+    rows, names = [], {"category": "screw", "state": None, "seed": None, "run": None}
     split = data.load("mvtec", category="screw", image_size=PX)
     pictures = {"mid-grey": torch.tensor(0.5), "mean training image": every(split.train).mean(0)}
     for name, picture in pictures.items():

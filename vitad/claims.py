@@ -199,6 +199,27 @@ def counted(runs: Runs, what: str, low: float, high: float, of: str = "") -> Evi
     return _evidence(low <= min(values) and max(values) <= high, numbers, runs)
 
 
+def measured(experiment: str, metric: str, low: float, high: float, **values: Any) -> Evidence:
+    """In each row of an experiment that has these values, the 95 % interval of a metric lies within bounds.
+
+    Rows are those of `experiments/<experiment>.json`, with `metrics` and `intervals` as in a record. The other texts of
+    a row say what it is of; `seed` and `run`, the hash of the record that it rests on, may be None.
+    """
+    path = Path(vitad.__file__).parent.parent / "experiments" / f"{experiment}.json"
+    rows = [r for r in json.loads(path.read_text()) if all(r.get(name) == v for name, v in values.items())]
+    if not rows:
+        raise MissingRecords(f"{path.name} has no row with {values}")
+    inside, shown = [], []
+    for r in rows:
+        least, most = r["intervals"][metric]
+        inside.append(low <= least and most <= high)
+        name = ", ".join([v for k, v in r.items() if isinstance(v, str) and k != "run"])
+        seed = "" if r["seed"] is None else f", seed {r['seed']}"
+        shown.append(f"{name} {r['metrics'][metric]:.3f} [{least:.3f}, {most:.3f}]{seed}")
+    numbers = f"{METRICS[metric]} " + "; ".join(shown)
+    return Evidence(all(inside), numbers, frozenset(r["run"] for r in rows if r["run"]))
+
+
 def all_of(*evidence: Evidence) -> Evidence:
     """Everything holds."""
     rests_on = frozenset().union(*(e.rests_on for e in evidence))
@@ -267,6 +288,7 @@ VOCABULARY = {
         at_most,
         near_chance,
         counted,
+        measured,
         all_of,
     )
 }
