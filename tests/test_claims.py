@@ -145,7 +145,10 @@ def test_rows_of_an_experiment(tmp_path, monkeypatch):
     assert not measured("nuts", "image_auroc", 0.11, 0.3, scored="cae", state="trained").holds
     assert not measured("nuts", "image_auroc", 0, 0.3, scored="cae").holds  # every row has to
     (missing,) = in_code('claim("Bolts.", measured("nuts", "image_auroc", 0, 1, scored="bolt"))')
-    assert not missing.evidence.holds and missing.evidence.numbers == "nuts.json has no row with {'scored': 'bolt'}"
+    assert not missing.evidence.holds
+    assert missing.evidence.numbers == "experiments/nuts.json has no row with {'scored': 'bolt'}"
+    with pytest.raises(UserError, match=r"bolts.json is not there. Run experiments/bolts.py"):
+        measured("bolts", "image_auroc", 0, 1)
 
 
 BASE = {"memory": False, "coord_att": False}

@@ -22,6 +22,7 @@ from vitad.evidence import of_category as record_of_category
 from vitad.metrics import METRICS
 from vitad.runs.folder import image_resamples_from_scores
 from vitad.runs.record import Record, committed, committed_seeds
+from vitad.runs.record import experiment as rows_of
 from vitad.runs.request import Request, hash_of
 from vitad.show.tables import by_kind
 
@@ -205,10 +206,9 @@ def measured(experiment: str, metric: str, low: float, high: float, **values: An
     Rows are those of `experiments/<experiment>.json`, with `metrics` and `intervals` as in a record. The other texts of
     a row say what it is of; `seed` and `run`, the hash of the record that it rests on, may be None.
     """
-    path = Path(vitad.__file__).parent.parent / "experiments" / f"{experiment}.json"
-    rows = [r for r in json.loads(path.read_text()) if all(r.get(name) == v for name, v in values.items())]
+    rows = [r for r in rows_of(experiment) if all(r.get(name) == v for name, v in values.items())]
     if not rows:
-        raise MissingRecords(f"{path.name} has no row with {values}")
+        raise MissingRecords(f"experiments/{experiment}.json has no row with {values}")
     inside, shown = [], []
     for r in rows:
         least, most = r["intervals"][metric]
