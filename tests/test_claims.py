@@ -23,6 +23,7 @@ from vitad.claims import (
     in_code,
     interaction_undecided,
     minutes_at_most,
+    measured,
     near_chance,
     of_category,
     of_kind,
@@ -144,6 +145,35 @@ def test_minutes_of_one_core():
 
 
 PARTS = ("load_s", "prepare_s", "train_s", "score_s")
+
+
+def test_rows_of_an_experiment(tmp_path, monkeypatch):
+    def row(what, state, run, value, low, high):
+        intervals = {"image_auroc": [low, high]}
+        names = {"scored": what, "state": state, "seed": run and 0, "run": run}
+        return names | {"metrics": {"image_auroc": value}, "intervals": intervals}
+
+    rows = [row("grey", None, None, 1.0, 0.99, 1.0), row("cae", "trained", "abc", 0.2, 0.1, 0.3)]
+    rows.append(row("cae", "untrained", "abc", 0.9, 0.8, 1.0))
+    (tmp_path / "experiments").mkdir()
+    (tmp_path / "experiments" / "nuts.json").write_text(json.dumps(rows))
+    monkeypatch.setattr(vitad, "__file__", str(tmp_path / "vitad" / "__init__.py"))
+
+    grey = measured("nuts", "image_auroc", 0.99, 1, scored="grey", state=None)
+    assert grey.holds and grey.numbers == "image AUROC grey 1.000 [0.990, 1.000]" and not grey.rests_on
+    low = measured("nuts", "image_auroc", 0, 0.3, scored="cae", state="trained")
+    assert low.holds and low.numbers == "image AUROC cae, trained 0.200 [0.100, 0.300], seed 0"
+    assert low.rests_on == {"abc"}
+    assert not measured("nuts", "image_auroc", 0, 0.29, scored="cae", state="trained").holds
+    assert not measured("nuts", "image_auroc", 0.11, 0.3, scored="cae", state="trained").holds
+    assert not measured("nuts", "image_auroc", 0, 0.3, scored="cae").holds  # every row has to
+    (missing,) = in_code('claim("Bolts.", measured("nuts", "image_auroc", 0, 1, scored="bolt"))')
+    assert not missing.evidence.holds
+    assert missing.evidence.numbers == "experiments/nuts.json has no row with {'scored': 'bolt'}"
+    with pytest.raises(UserError, match=r"bolts.json is not there. Run experiments/bolts.py"):
+        measured("bolts", "image_auroc", 0, 1)
+
+
 BASE = {"memory": False, "coord_att": False}
 CELL = """
 from vitad.claims import above, claim, runs_of

@@ -439,6 +439,12 @@ def test_the_preset_nearest_to_the_paper_stands_in_category_by_category():
     assert layout.remarks(Reproduction("yang2024-3"), frame) == [
         "Where runs of the preset paper are missing, others stand in: near, small."
     ]
+    shown = layout.beside(frame)
+    assert list(shown.index) == [("image AUROC", c, "Ours") for c in ("bottle", "pill", "screw")] + [
+        ("image AUROC", "pill", "L2-CAE")
+    ]
+    assert list(shown.loc[("image AUROC", "bottle", "Ours")][:3]) == ["94.0", "95.0", "1"]
+    assert list(shown["preset"]) == ["near", "small", "small", "small"] and set(shown["difference"]) >= {"+1.0", "-8.0"}
     local = cells(Reproduction("yang2024-4"), found)
     assert cell(local, "screw", "Ours", "pro")["fill"] == "data without masks have no such metric"
     assert cell(local, "pill", "Ours", "pro")["difference"] < 0

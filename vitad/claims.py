@@ -22,6 +22,7 @@ from vitad.evidence import of_category as record_of_category
 from vitad.metrics import METRICS
 from vitad.runs.folder import image_resamples_from_scores
 from vitad.runs.record import Record, committed, committed_seeds
+from vitad.runs.record import experiment as rows_of
 from vitad.runs.request import Request, hash_of
 from vitad.show.tables import by_kind, core_minutes
 
@@ -207,6 +208,26 @@ def minutes_at_most(runs: Runs, value: float) -> Evidence:
     return _evidence(found <= value, numbers, runs)
 
 
+def measured(experiment: str, metric: str, low: float, high: float, **values: Any) -> Evidence:
+    """In each row of an experiment that has these values, the 95 % interval of a metric lies within bounds.
+
+    Rows are those of `experiments/<experiment>.json`, with `metrics` and `intervals` as in a record. The other texts of
+    a row say what it is of; `seed` and `run`, the hash of the record that it rests on, may be None.
+    """
+    rows = [r for r in rows_of(experiment) if all(r.get(name) == v for name, v in values.items())]
+    if not rows:
+        raise MissingRecords(f"experiments/{experiment}.json has no row with {values}")
+    inside, shown = [], []
+    for r in rows:
+        least, most = r["intervals"][metric]
+        inside.append(low <= least and most <= high)
+        name = ", ".join([v for k, v in r.items() if isinstance(v, str) and k != "run"])
+        seed = "" if r["seed"] is None else f", seed {r['seed']}"
+        shown.append(f"{name} {r['metrics'][metric]:.3f} [{least:.3f}, {most:.3f}]{seed}")
+    numbers = f"{METRICS[metric]} " + "; ".join(shown)
+    return Evidence(all(inside), numbers, frozenset(r["run"] for r in rows if r["run"]))
+
+
 def all_of(*evidence: Evidence) -> Evidence:
     """Everything holds; numbers that several have in common are shown once."""
     rests_on = frozenset().union(*(e.rests_on for e in evidence))
@@ -277,6 +298,7 @@ VOCABULARY = {
         near_chance,
         counted,
         minutes_at_most,
+        measured,
         all_of,
     )
 }

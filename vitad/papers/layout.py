@@ -50,6 +50,15 @@ def as_text(frame: pd.DataFrame) -> pd.DataFrame:
     )
 
 
+def beside(frame: pd.DataFrame) -> pd.DataFrame:
+    """Those of `cells` that some run fills, as text for a page: reported beside reproduced, without empty columns."""
+    words = as_text(frame)
+    words["preset"] = _preset(words["tier"])
+    fields = ["reported", "reproduced", "seeds", "preset", "difference", "interval", "verdict"]
+    words = words[words["reproduced"] != ""].set_index(["metric", "category", "column"])[fields]
+    return words.loc[:, (words != "").any()]
+
+
 def for_terminal(frame: pd.DataFrame, width: int = 120) -> str:
     """`cells` for a terminal: for each metric a table, and below it the columns that are only reported.
 

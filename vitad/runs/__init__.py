@@ -3,7 +3,15 @@
 from vitad.runs.folder import image_resamples_from_scores, load_model, read_history, read_maps, read_resamples
 from vitad.runs.machine import describe_environment, environment, find_device, git_state
 from vitad.runs.pipeline import find_or_run, run, run_variants, score
-from vitad.runs.record import by_hash, committed, committed_seeds, on_other_processors, read_record, read_records
+from vitad.runs.record import (
+    by_hash,
+    committed,
+    committed_seeds,
+    experiment,
+    on_other_processors,
+    read_record,
+    read_records,
+)
 from vitad.runs.request import Request, hash_of, settings_of
 
 __all__ = [
@@ -13,6 +21,7 @@ __all__ = [
     "committed_seeds",
     "describe_environment",
     "environment",
+    "experiment",
     "find_device",
     "find_or_run",
     "git_state",

@@ -43,6 +43,14 @@ def results_folder() -> Path:
     return Path(vitad.__file__).parent.parent / "results"
 
 
+def experiment(name: str) -> list[dict[str, Any]]:
+    """The rows of `experiments/<name>.json` of the source tree. Raises `UserError` where there is no such file."""
+    path = results_folder().parent / "experiments" / f"{name}.json"
+    if not path.is_file():
+        raise UserError(f"{path} is not there. Run experiments/{name}.py, or start in the source tree of vitad.")
+    return json.loads(path.read_text())
+
+
 def committed(dataset: str | None = None, results: Path | None = None) -> list[Record]:
     """Records that come with the book, below `results/` of the source tree or another folder of that kind.
 

@@ -1,0 +1,135 @@
+"""What a reconstruction error gives on the screws of MVTec AD, and how much of it is the brightness of the images.
+
+    python experiments/screw.py RUN [RUN ...]
+
+RUN is the folder of a finished run on `mvtec` `screw`, with its checkpoint. The data are found below `VITAD_DATA`.
+Nothing is chosen here: the test images are looked at to explain a printed number, 100.0 in Table 3 of Yang & Guo 2024.
+
+The rows of `screw.json`, beside this script, hold the image AUROC of the test images and its interval over their
+resamples (`vitad.resampling`). A higher score means more anomalous; with the sign turned, an AUROC of a is 1 - a.
+
+    scored     a method; `brightness`, the mean of the image, for each category at hand; `mid-grey` and `mean training
+               image`, the squared error to a picture that no network has painted, smoothed as in l2cae
+    state      `trained`, or `untrained`, the network as its run began; none where there is nothing to train
+    run, seed  hash of the record's run, and its seed; none where there is no run
+    images     `as they are`, or `scaled`, each to the mean brightness of the training images
+    score      `own`, the method's, which for autoencoders is the maximum of the map; or `mean`, of the map
+
+A row of the same names is replaced.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vitad import data, methods
+from vitad.blocks import gaussian_blur
+from vitad.data import ImageSet
+from vitad.methods.base import Method
+from vitad.metrics import auroc
+from vitad.resampling import draw, image_auroc, intervals
+from vitad.review import request_of
+from vitad.runs import Request, hash_of, load_model, read_record, score
+from vitad.settings import resolve
+
+OUT = Path(__file__).with_suffix(".json")
+NAMES = ("scored", "category", "state", "seed", "images", "score")
+CPU = torch.device("cpu")
+PX, SIGMA = 256, 4.0  # of l2cae, where nothing is trained
+
+
+class Scaled:
+    """Images of an `ImageSet`, each multiplied so that its mean is `brightness`."""
+
+    def __init__(self, images: ImageSet, brightness: float):
+        self.images, self.brightness, self.size = images, brightness, images.size
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def batch(self, indices, device="cpu") -> dict[str, Tensor]:
+        x = self.images.batch(indices, device)["image"]
+        return {"image": (x * self.brightness / x.mean((1, 2, 3), keepdim=True)).clamp(0, 1)}
+
+
+def every(images: ImageSet | Scaled) -> Tensor:
+    """All images (N,3,H,W)."""
+    return images.batch(range(len(images)))["image"]
+
+
+def brightness(images: ImageSet) -> Tensor:
+    """The mean of each image (N,)."""
+    return every(images).mean((1, 2, 3))
+
+
+def treatments(split: data.Split) -> dict[str, ImageSet | Scaled]:
+    """The test images, as they are and scaled."""
+    return {"as they are": split.test, "scaled": Scaled(split.test, float(brightness(split.train).mean()))}
+
+
+def row(test: ImageSet, scores: np.ndarray, **names) -> dict:
+    """A row of the JSON file; `scores` (N,) are of the test images."""
+    metrics = {"image_auroc": auroc(scores, test.labels == 1)}
+    weights = draw(test.paths, test.groups, test.labels)
+    resamples = {"image_auroc": image_auroc(scores, test.labels, weights)}
+    return names | {"metrics": metrics, "intervals": intervals(metrics, resamples)}
+
+
+def before_training(request: Request) -> Method:
+    """The model as the run of this request begins."""
+    module = methods.get(request.method)
+    torch.manual_seed(request.seed)
+    return module.Model(resolve(module.Settings, module.PRESETS, request.preset, request.overrides), request.weights)
+
+
+def of_run(folder: str) -> list[dict]:
+    """The rows of a run: of its network, and where that is trained, of the same network before."""
+    record, rows = read_record(folder), []
+    request = request_of(record)
+    split, models = request.load(), {"trained": load_model(folder, "cpu")}
+    if models["trained"].phases():
+        models["untrained"] = before_training(request)
+    names = {"scored": request.method, "category": request.category, "seed": request.seed, "run": hash_of(record)}
+    for state, model in models.items():
+        for treatment, images in treatments(split).items():
+            maps, own = score(model, images, CPU, 16, model.settings.amp)
+            for rule, scores in {"own": own, "mean": maps.mean((1, 2))}.items():
+                more = {"state": state if model.phases() else None, "images": treatment, "score": rule}
+                rows.append(row(split.test, scores, **names, **more))
+    return rows
+
+
+def of_no_method() -> list[dict]:
+    """The rows of pictures that no network has painted, and of brightness alone."""
+    rows, names = [], {"category": "screw", "state": None, "seed": None, "run": None}
+    split = data.load("mvtec", category="screw", image_size=PX)
+    pictures = {"mid-grey": torch.tensor(0.5), "mean training image": every(split.train).mean(0)}
+    for name, picture in pictures.items():
+        for treatment, images in treatments(split).items():
+            maps = gaussian_blur((every(images) - picture).square().mean(1), SIGMA)
+            for rule, scores in {"own": maps.amax((1, 2)), "mean": maps.mean((1, 2))}.items():
+                rows.append(row(split.test, scores.numpy(), scored=name, **names, images=treatment, score=rule))
+    for category in ("bottle", "pill", "screw"):
+        test = data.load("mvtec", category=category, image_size=PX).test
+        names |= {"category": category, "images": "as they are", "score": "mean"}
+        rows.append(row(test, brightness(test).numpy(), scored="brightness", **names))
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run on mvtec screw, with its checkpoint")
+    rows = json.loads(OUT.read_text()) if OUT.exists() else []
+    for found in (of_no_method(), *map(of_run, parser.parse_args().runs)):
+        for new in found:
+            print(*(new[name] for name in NAMES), f"{new['metrics']['image_auroc']:.3f}", sep=", ", flush=True)
+            rows = [r for r in rows if any(r[name] != new[name] for name in NAMES)] + [new]
+        OUT.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""The experiment on screws: what it measures, and that its rows belong to committed records."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import trees
+
+from experiments.screw import NAMES, Scaled, brightness, every, of_run, row
+from vitad import data, runs
+from vitad.runs.request import hash_of
+
+ROOT = Path(__file__).resolve().parents[1]
+ROWS = json.loads((ROOT / "experiments" / "screw.json").read_text())
+
+
+def test_scaled_images_differ_in_nothing_but_their_brightness(gears):
+    dark = Scaled(gears.test, 0.25)
+    assert torch.allclose(brightness(dark), torch.tensor(0.25), atol=1e-4)
+    before, after = every(gears.test)[0], every(dark)[0]
+    assert torch.allclose(before / before.mean(), after / after.mean(), atol=1e-4)
+    assert every(Scaled(gears.test, 0.9)).max() == 1
+
+
+def test_a_row_has_metric_and_interval_as_a_record_has(gears, toy_root, tmp_path):
+    record = runs.run("patchknn", data_root=toy_root, preset="smoke", out=tmp_path)
+    maps = runs.read_maps(tmp_path)
+    found = row(data.load("toy", toy_root, "gear", image_size=64).test, maps["scores"], scored="patchknn")
+    assert found["scored"] == "patchknn"
+    assert found["metrics"]["image_auroc"] == record["metrics"]["image_auroc"]
+    assert found["intervals"]["image_auroc"] == pytest.approx(record["intervals"]["image_auroc"], abs=1e-6)
+
+
+def test_a_run_is_scored_before_training_and_after(tmp_path):
+    record = runs.run("l2cae", preset="smoke", out=tmp_path)
+    found = {(r["state"], r["images"], r["score"]): r["metrics"]["image_auroc"] for r in of_run(tmp_path)}
+    assert len(found) == 8 and len(set(found.values())) > 4
+    assert found["trained", "as they are", "own"] == pytest.approx(record["metrics"]["image_auroc"], abs=0.02)
+
+
+def test_the_rows_of_runs_are_those_of_committed_records():
+    records = {hash_of(r): r for r in runs.committed("mvtec")}
+    of_runs = [r for r in ROWS if r["run"]]
+    assert {r["run"] for r in of_runs} <= records.keys()
+    own = [r for r in of_runs if (r["state"], r["images"], r["score"]) == ("trained", "as they are", "own")]
+    assert len(own) > 1
+    for r in own:
+        committed = records[r["run"]]["metrics"]["image_auroc"]
+        assert r["metrics"]["image_auroc"] == pytest.approx(committed, abs=0.02)  # of another processor
+
+
+def test_no_row_is_there_twice():
+    names = [tuple(r[name] for name in NAMES) for r in ROWS]
+    assert len(set(names)) == len(names)
+
+
+@trees.needs_real("mvtec", "screw")
+def test_brightness_alone_is_what_the_data_say():
+    test = data.load("mvtec", category="screw", image_size=256).test
+    found = row(test, brightness(test).numpy())
+    (committed,) = [r for r in ROWS if (r["scored"], r["category"]) == ("brightness", "screw")]
+    assert found["metrics"] == committed["metrics"]
