@@ -214,7 +214,7 @@ class Model(Method):
         With `items` (B,) tokens of the same item are passed over, so that a training image does not find itself.
         """
         with torch.autocast(tokens.device.type, enabled=False):  # half precision cannot tell cosines near 1 apart
-            filled = int(self.bank.any(1).sum())  # free rows come last
+            filled = max(1, int(self.bank.any(1).sum()))  # free rows come last
             bank = F.normalize(self.bank[:filled], dim=-1)
             similarity = F.normalize(tokens.float(), dim=-1) @ bank.T  # (B,N,M)
             if items is not None:
