@@ -86,9 +86,10 @@ def intro(products: dict[str, tuple[Place, Place]]) -> Figure:
 
 
 def run_of(method: str, place: Place, records: list[Record]) -> Record | None:
-    """The run of a method on a data set whose map is shown."""
+    """The run of a method on a data set whose map is shown; one of an older revision of the method does not count."""
     dataset, category, _ = place
-    split = data.get(dataset).resolve(category)[1]
+    split, revision = data.get(dataset).resolve(category)[1], methods.get(method).Model.revision
+    records = [r for r in records if r.get("revision", 1) == revision]
     wanted = {"method": method, "dataset": dataset, "category": category, "split": split, "seed": 0, "overrides": {}}
     same = [r for r in records if all(r[key] == value for key, value in wanted.items()) and r["preset"] in PRESETS]
     return min(same, key=lambda r: PRESETS.index(r["preset"]), default=None)

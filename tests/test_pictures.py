@@ -77,4 +77,5 @@ def test_of_several_runs_the_first_preset_with_seed_0_is_shown():
     demo, smoke = record("demo"), record("smoke")
     assert pictures.run_of("vitmem", STAIN, [*others, demo, smoke]) is smoke
     assert pictures.run_of("vitmem", STAIN, [*others, demo]) is demo
+    others.append(demo | {"revision": 99})
     assert pictures.run_of("vitmem", STAIN, others) is None and pictures.run_of("mala", STAIN, [demo]) is None
