@@ -475,9 +475,10 @@ def test_map_is_the_smoothed_product_of_probability_and_mean_distance(gears, ove
         seen, maps = model.predict(images), model.anomaly_map(images)
     assert [name for name in ("t_hat", "unseen", "t_m") if seen[name] is not None] == distances
     assert list(seen["distances"]) == distances
-    expected, t_a = np.ones((3, 64, 64)), seen["t_a"].double()
-    for name in distances:
-        distance = (1 - F.cosine_similarity(t_a, seen[name].double(), dim=-1)).view(3, 1, 4, 4)
+    raw, expected = model._raw_tokens(images), np.ones((3, 64, 64))
+    for name in distances:  # that of the memory is the one of the look-up, of tokens that are not standardised
+        one, other = (raw, model.bank[model.look_up(raw)]) if name == "t_m" else (seen["t_a"], seen[name])
+        distance = (1 - F.cosine_similarity(one.double(), other.double(), dim=-1)).view(3, 1, 4, 4)
         distance = F.interpolate(distance, (64, 64), mode="bilinear")[:, 0].numpy()
         np.testing.assert_allclose(seen["distances"][name], distance, atol=1e-6)
         expected *= distance ** (1 / len(distances))
