@@ -199,6 +199,12 @@ def test_images_of_one_item_alone_are_refused(gears):
     assert prepared(images, remember=False).pairs(images.batch([0]))[2] is None
 
 
+def test_it_is_timed_with_a_full_bank():
+    model = make()
+    model.fill_for_timing()
+    assert torch.equal(model.look_up(model.bank[None]), torch.arange(200)[None])
+
+
 # --- cache and training pairs -----------------------------------------------------------------------------
 
 LARGE = {"kinds": ("perlin",), "mode": "global"}  # damage that no token misses
@@ -424,7 +430,7 @@ def test_gradients_of_the_segmentation_do_not_reach_the_reconstruction(gears):
 
 def test_losses_of_the_reconstruction_follow_their_formulas(gears):
     """t_hat comes from the damaged tokens, its target are the clean ones."""
-    model = make(damage=1.0, mask_max=0.0, pool=0, **LARGE)
+    model = prepared(gears.train, damage=1.0, mask_max=0.0, pool=0, **LARGE).eval()
     batch = gears.train.batch(range(5))
     torch.manual_seed(3)
     with torch.no_grad():

@@ -237,6 +237,10 @@ class Model(Method):
                 "on images of other items as well, raise bank_size, or set remember to false."
             )
 
+    def fill_for_timing(self) -> None:
+        """Fill the bank with random tokens."""
+        self.bank.normal_()
+
     # --- training pairs ---
 
     @torch.no_grad()
