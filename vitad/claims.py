@@ -1,4 +1,4 @@
-"""Sentences about results that are checked against the committed records whenever they are shown.
+"""Sentences about results that are checked against the committed records and experiments whenever they are shown.
 
 A sentence of a chapter that says what results show is a call of `claim`. It renders as the sentence with its numbers,
 and raises where the records do not support it. The evidence is written with the functions of this module and literals
