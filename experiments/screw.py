@@ -9,8 +9,9 @@ Nothing is chosen here: the test images are looked at to explain a printed numbe
 The rows of `screw.json`, beside this script, hold the image AUROC of the test images and its interval over their
 resamples (`vitad.resampling`). A higher score means more anomalous; with the sign turned, an AUROC of a is 1 - a.
 
-    scored     a method; `brightness`, the mean of the image, for each category at hand; `mid-grey` and `mean training
-               image`, the squared error to a picture that no network has painted, smoothed as in l2cae
+    scored     a method; `brightness`, the mean of the image, for each category at hand, with its `values`; `mid-grey`
+               and `mean training image`, the squared error to a picture that no network has painted, smoothed as that
+               of l2cae
     state      `trained`, or `untrained`, the network of the preset `small` as a run begins; none where there is nothing
                to train
     seed       of the run, or of the untrained network; none where nothing is drawn
@@ -125,9 +126,12 @@ def of_no_method() -> list[dict]:
             for rule, scores in {"own": maps.amax((1, 2)), "mean": maps.mean((1, 2))}.items():
                 rows.append(row(split.test, scores.numpy(), scored=name, **names, images=treatment, score=rule))
     for category in ("bottle", "pill", "screw"):
-        test = data.load("mvtec", category=category, image_size=PX).test
+        split = data.load("mvtec", category=category, image_size=PX)
         names |= {"category": category, "images": "as they are", "score": "mean"}
-        rows.append(row(test, brightness(test).numpy(), scored="brightness", **names))
+        scores, bad = brightness(split.test).numpy(), split.test.labels == 1
+        values = {"training": brightness(split.train), "good": scores[~bad], "defective": scores[bad]}
+        values = {name: [round(float(v), 3) for v in some] for name, some in values.items()}
+        rows.append(row(split.test, scores, scored="brightness", **names) | {"values": values})
     return rows
 
 
