@@ -1,5 +1,6 @@
 """What a reconstruction error gives on the screws of MVTec AD, and how much of it is the brightness of the images.
 
+    python experiments/screw.py               what needs no training
     python experiments/screw.py RUN [RUN ...]
 
 RUN is the folder of a finished run on `mvtec` `screw`, with its checkpoint. The data are found below `VITAD_DATA`.
@@ -8,10 +9,13 @@ Nothing is chosen here: the test images are looked at to explain a printed numbe
 The rows of `screw.json`, beside this script, hold the image AUROC of the test images and its interval over their
 resamples (`vitad.resampling`). A higher score means more anomalous; with the sign turned, an AUROC of a is 1 - a.
 
-    scored     a method; `brightness`, the mean of the image, for each category at hand; `mid-grey` and `mean training
-               image`, the squared error to a picture that no network has painted, smoothed as in l2cae
-    state      `trained`, or `untrained`, the network as its run began; none where there is nothing to train
-    run, seed  hash of the record's run, and its seed; none where there is no run
+    scored     a method; `brightness`, the mean of the image, for each category at hand, with its `values`; `mid-grey`
+               and `mean training image`, the squared error to a picture that no network has painted, smoothed as that
+               of l2cae
+    state      `trained`, or `untrained`, the network of the preset `small` as a run begins; none where there is nothing
+               to train
+    seed       of the run, or of the untrained network; none where nothing is drawn
+    run        hash of the record of a trained network; none otherwise
     images     `as they are`, or `scaled`, each to the mean brightness of the training images
     score      `own`, the method's, which for autoencoders is the maximum of the map; or `mean`, of the map
 
@@ -39,7 +43,8 @@ from vitad.settings import resolve
 OUT = Path(__file__).with_suffix(".json")
 NAMES = ("scored", "category", "state", "seed", "images", "score")
 CPU = torch.device("cpu")
-PX, SIGMA = 256, 4.0  # of l2cae, where nothing is trained
+PX, SIGMA = 256, 4.0  # of l2cae, where there is no network
+AUTOENCODERS = ("l2cae", "vitmem", "anovit")  # those of which Table 3 prints 100.0
 
 
 class Scaled:
@@ -79,27 +84,34 @@ def row(test: ImageSet, scores: np.ndarray, **names) -> dict:
     return names | {"metrics": metrics, "intervals": intervals(metrics, resamples)}
 
 
-def before_training(request: Request) -> Method:
-    """The model as the run of this request begins."""
-    module = methods.get(request.method)
-    torch.manual_seed(request.seed)
-    return module.Model(resolve(module.Settings, module.PRESETS, request.preset, request.overrides), request.weights)
+def of_model(model: Method, split: data.Split, **names) -> list[dict]:
+    """The rows of a method's model."""
+    rows = []
+    for treatment, images in treatments(split).items():
+        maps, own = score(model, images, CPU, 16, model.settings.amp)
+        for rule, scores in {"own": own, "mean": maps.mean((1, 2))}.items():
+            rows.append(row(split.test, scores, **names, images=treatment, score=rule))
+    return rows
 
 
 def of_run(folder: str) -> list[dict]:
-    """The rows of a run: of its network, and where that is trained, of the same network before."""
-    record, rows = read_record(folder), []
-    request = request_of(record)
-    split, models = request.load(), {"trained": load_model(folder, "cpu")}
-    if models["trained"].phases():
-        models["untrained"] = before_training(request)
-    names = {"scored": request.method, "category": request.category, "seed": request.seed, "run": hash_of(record)}
-    for state, model in models.items():
-        for treatment, images in treatments(split).items():
-            maps, own = score(model, images, CPU, 16, model.settings.amp)
-            for rule, scores in {"own": own, "mean": maps.mean((1, 2))}.items():
-                more = {"state": state if model.phases() else None, "images": treatment, "score": rule}
-                rows.append(row(split.test, scores, **names, **more))
+    """The rows of a finished run."""
+    record, model = read_record(folder), load_model(folder, "cpu")
+    names = {name: record[name] for name in ("category", "seed")} | {"run": hash_of(record)}
+    state = "trained" if model.phases() else None
+    return of_model(model, request_of(record).load(), scored=record["method"], state=state, **names)
+
+
+def of_untrained(method: str) -> list[dict]:
+    """The rows of a network before its first step, of three seeds."""
+    rows = []
+    for seed in range(3):
+        request = Request(method, "mvtec", category="screw", preset="small", seed=seed)
+        module = methods.get(method)
+        torch.manual_seed(seed)
+        model = module.Model(resolve(module.Settings, module.PRESETS, request.preset))
+        names = {"category": request.category, "seed": seed, "run": None}
+        rows += of_model(model, request.load(), scored=method, state="untrained", **names)
     return rows
 
 
@@ -114,17 +126,21 @@ def of_no_method() -> list[dict]:
             for rule, scores in {"own": maps.amax((1, 2)), "mean": maps.mean((1, 2))}.items():
                 rows.append(row(split.test, scores.numpy(), scored=name, **names, images=treatment, score=rule))
     for category in ("bottle", "pill", "screw"):
-        test = data.load("mvtec", category=category, image_size=PX).test
+        split = data.load("mvtec", category=category, image_size=PX)
         names |= {"category": category, "images": "as they are", "score": "mean"}
-        rows.append(row(test, brightness(test).numpy(), scored="brightness", **names))
+        scores, bad = brightness(split.test).numpy(), split.test.labels == 1
+        values = {"training": brightness(split.train), "good": scores[~bad], "defective": scores[bad]}
+        values = {name: [round(float(v), 3) for v in some] for name, some in values.items()}
+        rows.append(row(split.test, scores, scored="brightness", **names) | {"values": values})
     return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run on mvtec screw, with its checkpoint")
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="folder of a run on mvtec screw, with its checkpoint")
     rows = json.loads(OUT.read_text()) if OUT.exists() else []
-    for found in (of_no_method(), *map(of_run, parser.parse_args().runs)):
+    runs = parser.parse_args().runs
+    for found in map(of_run, runs) if runs else (of_no_method(), *map(of_untrained, AUTOENCODERS)):
         for new in found:
             print(*(new[name] for name in NAMES), f"{new['metrics']['image_auroc']:.3f}", sep=", ", flush=True)
             rows = [r for r in rows if any(r[name] != new[name] for name in NAMES)] + [new]

@@ -148,13 +148,13 @@ PARTS = ("load_s", "prepare_s", "train_s", "score_s")
 
 
 def test_rows_of_an_experiment(tmp_path, monkeypatch):
-    def row(what, state, run, value, low, high):
+    def row(what, state, seed, run, value, low, high):
         intervals = {"image_auroc": [low, high]}
-        names = {"scored": what, "state": state, "seed": run and 0, "run": run}
+        names = {"scored": what, "state": state, "seed": seed, "run": run}
         return names | {"metrics": {"image_auroc": value}, "intervals": intervals}
 
-    rows = [row("grey", None, None, 1.0, 0.99, 1.0), row("cae", "trained", "abc", 0.2, 0.1, 0.3)]
-    rows.append(row("cae", "untrained", "abc", 0.9, 0.8, 1.0))
+    rows = [row("grey", None, None, None, 1.0, 0.99, 1.0), row("cae", "trained", 0, "abc", 0.2, 0.1, 0.3)]
+    rows += [row("cae", "untrained", 0, None, 0.8, 0.7, 0.9), row("cae", "untrained", 1, None, 0.9, 0.85, 0.95)]
     (tmp_path / "experiments").mkdir()
     (tmp_path / "experiments" / "nuts.json").write_text(json.dumps(rows))
     monkeypatch.setattr(vitad, "__file__", str(tmp_path / "vitad" / "__init__.py"))
@@ -162,8 +162,11 @@ def test_rows_of_an_experiment(tmp_path, monkeypatch):
     grey = measured("nuts", "image_auroc", 0.99, 1, scored="grey", state=None)
     assert grey.holds and grey.numbers == "image AUROC grey 1.000 [0.990, 1.000]" and not grey.rests_on
     low = measured("nuts", "image_auroc", 0, 0.3, scored="cae", state="trained")
-    assert low.holds and low.numbers == "image AUROC cae, trained 0.200 [0.100, 0.300], seed 0"
+    assert low.holds and low.numbers == "image AUROC cae, trained 0.200 [0.100, 0.300], 1 seed"
     assert low.rests_on == {"abc"}
+    both = measured("nuts", "image_auroc", 0.7, 0.95, state="untrained")
+    assert both.holds and both.numbers == "image AUROC cae, untrained 0.850 [0.700, 0.950], 2 seeds"
+    assert not measured("nuts", "image_auroc", 0.7, 0.94, state="untrained").holds
     assert not measured("nuts", "image_auroc", 0, 0.29, scored="cae", state="trained").holds
     assert not measured("nuts", "image_auroc", 0.11, 0.3, scored="cae", state="trained").holds
     assert not measured("nuts", "image_auroc", 0, 0.3, scored="cae").holds  # every row has to

@@ -1,4 +1,4 @@
-"""Sentences about results that are checked against the committed records whenever they are shown.
+"""Sentences about results that are checked against the committed records and experiments whenever they are shown.
 
 A sentence of a chapter that says what results show is a call of `claim`. It renders as the sentence with its numbers,
 and raises where the records do not support it. The evidence is written with the functions of this module and literals
@@ -212,20 +212,25 @@ def measured(experiment: str, metric: str, low: float, high: float, **values: An
     """In each row of an experiment that has these values, the 95 % interval of a metric lies within bounds.
 
     Rows are those of `experiments/<experiment>.json`, with `metrics` and `intervals` as in a record. The other texts of
-    a row say what it is of; `seed` and `run`, the hash of the record that it rests on, may be None.
+    a row say what it is of; `seed` and `run`, the hash of the record that it rests on, may be None. Rows that differ in
+    the seed alone are shown together: their mean, and the outer bounds of their intervals.
     """
     rows = [r for r in rows_of(experiment) if all(r.get(name) == v for name, v in values.items())]
     if not rows:
         raise MissingRecords(f"experiments/{experiment}.json has no row with {values}")
-    inside, shown = [], []
+    by_name: dict[str, list[dict[str, Any]]] = {}
     for r in rows:
-        least, most = r["intervals"][metric]
-        inside.append(low <= least and most <= high)
         name = ", ".join([v for k, v in r.items() if isinstance(v, str) and k != "run"])
-        seed = "" if r["seed"] is None else f", seed {r['seed']}"
-        shown.append(f"{name} {r['metrics'][metric]:.3f} [{least:.3f}, {most:.3f}]{seed}")
-    numbers = f"{METRICS[metric]} " + "; ".join(shown)
-    return Evidence(all(inside), numbers, frozenset(r["run"] for r in rows if r["run"]))
+        by_name.setdefault(name, []).append(r)
+    holds, shown = True, []
+    for name, seeds in by_name.items():
+        value = sum(r["metrics"][metric] for r in seeds) / len(seeds)
+        bounds = [bound for r in seeds for bound in r["intervals"][metric]]
+        least, most = min(bounds), max(bounds)
+        holds &= low <= least and most <= high
+        n = "" if seeds[0]["seed"] is None else f", {_seeds(len(seeds))}"
+        shown.append(f"{name} {value:.3f} [{least:.3f}, {most:.3f}]{n}")
+    return Evidence(holds, f"{METRICS[metric]} {'; '.join(shown)}", frozenset(r["run"] for r in rows if r["run"]))
 
 
 def all_of(*evidence: Evidence) -> Evidence:
