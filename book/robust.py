@@ -26,9 +26,8 @@ from vitad.errors import UserError
 
 SETTINGS: dict[str, dict[str, str]] = {  # variables of the kernels
     "native": {},
-    # oneDNN is limited as well: on a processor with AMX it offers what torch without AVX-512 refuses.
-    "avx2": {"ATEN_CPU_CAPABILITY": "avx2", "DNNL_MAX_CPU_ISA": "AVX2"},
-    "default": {"ATEN_CPU_CAPABILITY": "default", "DNNL_MAX_CPU_ISA": "AVX2"},  # no vector instructions
+    "avx2": {"ATEN_CPU_CAPABILITY": "avx2"},
+    "default": {"ATEN_CPU_CAPABILITY": "default"},  # no vector instructions
     "onednn": {"DNNL_MAX_CPU_ISA": "AVX2"},
     "threads": {},  # two threads instead of one
     "smoke": {},

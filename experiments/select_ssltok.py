@@ -1,4 +1,4 @@
-"""Choose the settings of ssltok on synthetic damage of held-out normal images, of several data sets at once.
+"""Compare settings of ssltok on synthetic damage of held-out normal images, of several data sets at once.
 
     python experiments/select_ssltok.py OUT.json NAME METHOD [key=value ...]
     python experiments/select_ssltok.py out.json "no memory" ssltok remember=false
@@ -10,7 +10,7 @@ never looked at. NAME names the candidate.
 
 A held-out image is measured as it is and once with each kind of damage. Training draws the kind `anything` alone, so
 the other kinds are damage that a candidate has not seen. OUT.json is a list of rows, one for each candidate and data
-set; a row of the same names is replaced. In the committed `select_ssltok.json` the candidate "chosen" is the preset.
+set; a row of the same names is replaced.
 """
 
 import argparse
@@ -24,7 +24,7 @@ import torch
 
 from vitad import data, methods
 from vitad.data import ImageSet
-from vitad.data.synthesis import KINDS, Synthesis, foreground_mask
+from vitad.data.synthesis import KINDS, Synthesis, foregrounds
 from vitad.methods.base import Method
 from vitad.metrics import evaluate
 from vitad.settings import parse_overrides, resolve
@@ -68,7 +68,7 @@ def score(model: Method, images: Part, kind: str | None, amp: bool) -> tuple[tor
         x = images.batch(range(i, min(i + 16, len(images))))["image"]
         mask = torch.zeros(len(x), *images.size, dtype=torch.bool)
         if kind:
-            within = foreground_mask(x) | torch.from_numpy(images.textures[i : i + 16])[:, None, None, None]
+            within = foregrounds(images.images, images.indices[i : i + 16])
             damaged = Synthesis((kind,), 1.0, "both", keep_grey=True)(x, SEED, i, within)
             x, mask = damaged["image"], damaged["mask"][:, 0]
         with autocast(CPU, amp):

@@ -88,8 +88,11 @@ def autocast(device: torch.device, enabled: bool) -> torch.autocast:
 
 @lru_cache
 def _cpu_gains_from_bfloat16() -> bool:
-    """Measured once: among CPUs that list AVX512-BF16 some take half the time of float32 and some twice."""
-    if not torch.cpu._is_avx512_bf16_supported():
+    """Measured once: among CPUs that list AVX512-BF16 some take half the time of float32 and some twice.
+
+    With ATEN_CPU_CAPABILITY below AVX512, torch refuses bfloat16 attention on a CPU with AMX.
+    """
+    if not torch.cpu._is_avx512_bf16_supported() or torch.backends.cpu.get_cpu_capability() != "AVX512":
         return False
     seconds = {}
     for dtype in (torch.float32, torch.bfloat16):

@@ -15,7 +15,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vitad.data.dataset import ALL, Dataset, Found, JoinedDataset
+from vitad.data.dataset import ALL, JOIN, Dataset, Found, JoinedDataset
 from vitad.data.records import Record
 from vitad.errors import unknown
 from vitad.files import cache_dir
@@ -77,7 +77,7 @@ def get(name: str) -> Dataset:
     >>> get("mvtec").resolve("Metal nut")
     ('metal_nut', None)
     """
-    names = name.split("+")
+    names = name.split(JOIN)
     for one in names:
         if one not in DATASETS:
             raise unknown("dataset", one, DATASETS)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from vitad.data.samples import Split
 
 ALL = "all"  # as a category: all of them together, for one model
-JOIN = "+"  # between categories that share one model
+JOIN = "+"  # between categories, or data sets, that share one model
 VARIABLE = "VITAD_DATA"  # names the folder that holds the data sets, each in a folder of its name
 
 Records = tuple[list[Record], list[Record]]  # training, test
@@ -234,7 +234,7 @@ class JoinedDataset(Dataset):
 
     def __init__(self, parts: list[Dataset]):
         self.parts = parts
-        self.name = "+".join(part.name for part in parts)
+        self.name = JOIN.join(part.name for part in parts)
         self.title = " and ".join(part.title for part in parts)
         self.splits = next((part.splits for part in parts if part.splits), ())
 

@@ -48,7 +48,7 @@ AREA = 1e-3  # share of an image below which its damage weighs less in the loss
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything but the kind of tokenizer is ours. How it was chosen: experiments/select_ssltok.py."""
+    """Everything but the kind of tokenizer is ours. experiments/select_ssltok.py compares candidates for it."""
 
     tokenizer: str = DINOV2_S14  # abstract: a self-supervised ViT
     pretrained: bool = True  # abstract
@@ -252,8 +252,9 @@ class Model(Method):
         s = self.settings
         N, D = self.tokenizer.patch_embed.num_patches, len(self.mean)
         self.epochs = max(s.epochs, math.ceil(s.min_steps / self._steps(images)))
-        per_image = 2 * N * D + s.pool * (2 * N * D + s.image_size**2) + 4 * (1 + s.pool) * N  # bytes
-        if s.pool and len(images) * per_image > CACHE_BYTES:
+        pool = s.pool if s.damage else 0  # without damage nothing reads the damaged versions
+        per_image = 2 * N * D + pool * (2 * N * D + s.image_size**2) + 4 * (1 + pool) * N  # bytes
+        if pool and len(images) * per_image > CACHE_BYTES:
             raise UserError(
                 f"pool={s.pool}: the tokens of {len(images)} images and of their damaged versions take "
                 f"{len(images) * per_image / 2**30:.1f} GiB, more than {CACHE_BYTES / 2**30:.1f}. Lower pool, "
@@ -263,21 +264,22 @@ class Model(Method):
         self.items = torch.from_numpy(np.unique(images.groups, return_inverse=True)[1])
         self.clean = torch.empty(n, N, D, dtype=torch.half)
         self.pool = {
-            "tokens": torch.empty(s.pool, n, N, D, dtype=torch.half),
-            "mask": torch.empty(s.pool, n, s.image_size, s.image_size, dtype=torch.bool),
+            "tokens": torch.empty(pool, n, N, D, dtype=torch.half),
+            "mask": torch.empty(pool, n, s.image_size, s.image_size, dtype=torch.bool),
         }
         for i in tqdm(range(0, n, s.batch_size), "tokens", unit="batch", leave=False):
             batch = images.batch(range(i, min(i + s.batch_size, n)), device)["image"]
             part = slice(i, i + len(batch))
             self.clean[part] = self._raw_tokens(batch)
             foreground = self._foreground(batch, images.textures[part])
-            for version in range(s.pool):
+            for version in range(pool):
                 damaged = self.synthesis(batch, seed_of(self.seed, "pool", version), i, foreground)
                 self.pool["tokens"][version, part] = self._raw_tokens(damaged["image"])
                 self.pool["mask"][version, part] = damaged["mask"][:, 0]
         self._measure(self.clean)
         if s.remember:
             self._fill_bank()
+        if s.remember and s.pool:  # drawn anew, damage is looked up in every step
             versions = [self.clean, *self.pool["tokens"]]
             self.nearest = torch.empty(len(versions), n, N, dtype=torch.int32)
             for i in tqdm(range(0, n, s.batch_size), "memory", unit="batch", leave=False):

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from vitad import data, methods
+from vitad.data.dataset import JOIN
 from vitad.papers.tables import Reproduction, usual_preset
 from vitad.runs import Request
 from vitad.runs.record import Record
@@ -68,7 +69,7 @@ def _presets(table: Reproduction, request: Request) -> list[str]:
 
 def _smaller_models(request: Request, records: Iterable[Record]) -> list[dict[str, Any]]:
     """Where one model of many categories is asked for: data set and category of models of fewer, the largest first."""
-    parts = request.dataset.split("+")
+    parts = request.dataset.split(JOIN)
     same_method = [r for r in records if r["method"] == request.method and r["dataset"] in parts]
     sizes = {(r["dataset"], r["category"]): len(r.get("metrics_by_category", ())) for r in same_method}
     smaller = [model for model, n in sizes.items() if 1 < n < len(tested(request))]
