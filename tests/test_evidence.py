@@ -225,16 +225,24 @@ def test_the_record_has_intervals_beside_its_metrics(toy_root, tmp_path):
 
 def test_several_categories_are_resampled_apart_and_averaged(toy_root, tmp_path):
     settings = dict(data_root=toy_root, preset="smoke", device="cpu")
-    record = runs.run("patchknn", category="all", **settings, out=tmp_path / "all")
+    record = runs.run("patchknn", category="all", **settings, out=tmp_path / "all") | {"folder": tmp_path / "all"}
     kept = runs.read_resamples(tmp_path / "all")
     assert kept["pro"].mean() == pytest.approx(record["metrics"]["pro"], abs=0.1)
+    alone = evidence.of_category(record, "toy/gear")
+    assert alone["metrics"] == record["metrics_by_category"]["toy/gear"] and set(alone["resamples"]) == set(METRICS)
+    for name in METRICS:
+        each = [runs.read_resamples(tmp_path / "all", category)[name] for category in record["metrics_by_category"]]
+        np.testing.assert_allclose(np.mean(each, 0), kept[name], atol=1e-6)
+        estimated = evidence.estimate([alone], name)
+        assert estimated.low < alone["metrics"][name] < estimated.high and not estimated.complete
     from_scores = runs.image_resamples_from_scores(tmp_path / "all")
     np.testing.assert_allclose(from_scores["image_auroc"], kept["image_auroc"], atol=1e-6)
     assert from_scores["test_set"] == kept["test_set"]
     (tmp_path / "all" / "resamples.npz").unlink()
     assert set(runs.read_resamples(tmp_path / "all")) == {"image_auroc", "test_set"}
-    alone = evidence.of_category(record | {"folder": tmp_path / "all"}, "toy/gear")
-    assert alone["metrics"] == record["metrics_by_category"]["toy/gear"] and "folder" not in alone
+    without = evidence.of_category(record, "toy/gear")["resamples"]
+    assert list(without) == ["image_auroc"]
+    np.testing.assert_allclose(without["image_auroc"], alone["resamples"]["image_auroc"], atol=1e-6)
 
 
 def test_data_without_masks_have_an_interval_of_the_image_metric_only(toy_root, tmp_path):

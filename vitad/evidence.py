@@ -124,9 +124,11 @@ def estimate(records: Sequence[Record], metric: str) -> Estimate:
 def of_category(record: Record, category: str) -> Record:
     """The record of a model of several categories as if it had been tested on one of them.
 
-    It has no `folder`, since resamples are those of the mean over all categories.
+    The resamples in its `folder` are of the mean over all categories, so it has those of the category in its place.
     """
-    return {k: v for k, v in record.items() if k != "folder"} | {"metrics": record["metrics_by_category"][category]}
+    resamples = read_resamples(record["folder"], category) if "folder" in record else {}
+    rest = {k: v for k, v in record.items() if k != "folder"}
+    return rest | {"metrics": record["metrics_by_category"][category], "resamples": resamples}
 
 
 # --- differences between runs of ours -------------------------------------------------------------------------------

@@ -43,6 +43,7 @@ PAPER = "in the manner of Kim & Kwon 2024, IEEE Access 12, 127604-127613"
 CATEGORY = None
 CACHE_BYTES = 8 * 2**30  # of tokens and masks kept in the host's memory
 EPS = 1e-5  # probabilities stay this far from 0 and 1 in the loss
+CHUNK = 8192  # tokens of the bank that are compared at a time, as in patchknn
 AREA = 1e-3  # share of an image below which its damage weighs less in the loss
 
 
@@ -159,7 +160,7 @@ class Model(Method):
         D, grid = self.tokenizer.embed_dim, self.tokenizer.patch_embed.grid_size
         self.register_buffer("mean", torch.zeros(D))
         self.register_buffer("std", torch.ones(D))
-        self.register_buffer("bank", torch.zeros(s.bank_size if s.remember else 0, D))  # a row of zeros is free
+        self.register_buffer("bank", torch.zeros(0, D))  # of the memory
         self.synthesis = Synthesis(s.kinds, 1.0, s.mode, s.textures, keep_grey=s.keep_grey)
         self.reconstruction: Reconstruction | None = None
         self.segmentation: Segmentation | None = None
@@ -214,13 +215,18 @@ class Model(Method):
         With `items` (B,) tokens of the same item are passed over, so that a training image does not find itself.
         """
         with torch.autocast(tokens.device.type, enabled=False):  # half precision cannot tell cosines near 1 apart
-            filled = max(1, int(self.bank.any(1).sum()))  # free rows come last
-            bank = F.normalize(self.bank[:filled], dim=-1)
-            similarity = F.normalize(tokens.float(), dim=-1) @ bank.T  # (B,N,M)
-            if items is not None:
-                same = (items[:, None, None] == self.owners[:filled]).to(tokens.device)  # (B,1,M)
-                similarity.masked_fill_(same, -torch.inf)
-            return similarity.argmax(-1)
+            tokens = F.normalize(tokens.float(), dim=-1)
+            best = tokens.new_full(tokens.shape[:2], -torch.inf)
+            row = torch.zeros_like(best, dtype=torch.long)
+            for first, part in zip(range(0, len(self.bank), CHUNK), self.bank.split(CHUNK), strict=True):
+                similarity = tokens @ F.normalize(part, dim=-1).T  # (B,N,CHUNK)
+                if items is not None:
+                    same = items[:, None, None] == self.owners[first : first + CHUNK]  # (B,1,CHUNK)
+                    similarity.masked_fill_(same.to(tokens.device), -torch.inf)
+                highest, index = similarity.max(-1)
+                row = torch.where(highest > best, index + first, row)
+                best = torch.maximum(highest, best)
+            return row
 
     def _fill_bank(self) -> None:
         """Keep tokens of the training images, drawn evenly."""
@@ -228,10 +234,9 @@ class Model(Method):
         n, N, D = self.clean.shape
         size = min(self.settings.bank_size, n * N)
         chosen = torch.randperm(n * N, generator=generator(self.seed, "bank"))[:size].sort().values
-        self.bank[:size] = self.clean.view(-1, D)[chosen].to(self.bank)
-        self.owners = torch.full((len(self.bank),), -1)
-        self.owners[:size] = owners = self.items[chosen // N]
-        if owners.eq(owners[0]).all():
+        self.bank = self.clean.view(-1, D)[chosen].to(self.bank)
+        self.owners = self.items[chosen // N]
+        if self.owners.eq(self.owners[0]).all():
             raise UserError(
                 f"remember=True: the {size} tokens that are kept are all of one item, which may not find itself. Train "
                 "on images of other items as well, raise bank_size, or set remember to false."
@@ -239,7 +244,13 @@ class Model(Method):
 
     def fill_for_timing(self) -> None:
         """Fill the bank with random tokens."""
-        self.bank.normal_()
+        if self.settings.remember:
+            self.bank = torch.randn(self.settings.bank_size, self.bank.shape[1], device=self.bank.device)
+
+    def _load_from_state_dict(self, state: dict[str, Tensor], prefix: str, *rest: Any) -> None:
+        if (bank := state.get(prefix + "bank")) is not None:
+            self.bank = torch.empty_like(bank, device=self.bank.device)  # its size depends on the data
+        super()._load_from_state_dict(state, prefix, *rest)
 
     # --- training pairs ---
 

@@ -19,7 +19,7 @@ from vitad.data import Found, ImageSet
 from vitad.errors import UserError
 from vitad.files import atomic_write, read_safetensors
 from vitad.methods.base import Method
-from vitad.resampling import Resamples, draw, fingerprint, image_auroc
+from vitad.resampling import Resamples, draw, fingerprint, image_auroc, mean_of
 from vitad.runs.machine import find_device
 from vitad.runs.record import Record, read_record
 from vitad.runs.request import IDENTITY, Request, hash_of, settings_of
@@ -154,9 +154,15 @@ def write_scores(folder: Path, test: ImageSet, scores: np.ndarray) -> None:
     _write_rows(folder / "scores.csv", rows)
 
 
-def write_resamples(folder: Path, test: ImageSet, resamples: Resamples) -> None:
-    """`resamples.npz`: each metric on the resamples of the test set, and `test_set`, which says what set that is."""
-    arrays = {name: values for name, values in resamples.items() if values is not None}
+def write_resamples(folder: Path, test: ImageSet, by_category: Mapping[str, Resamples]) -> None:
+    """`resamples.npz`: each metric on the resamples of the test set, and `test_set`, which says what set that is.
+
+    Of several categories it holds the mean, and beside it `CATEGORY:METRIC` of each.
+    """
+    columns = dict(mean_of(list(by_category.values())))
+    if len(by_category) > 1:
+        columns |= {f"{c}:{name}": values for c, found in by_category.items() for name, values in found.items()}
+    arrays = {name: values for name, values in columns.items() if values is not None}
     arrays["test_set"] = np.array(fingerprint(test.paths, test.groups, test.labels))
     with atomic_write(folder / "resamples.npz") as temporary, open(temporary, "wb") as file:
         np.savez(file, **arrays)  # type: ignore[arg-type]
@@ -225,15 +231,21 @@ def read_maps(folder: str | Path) -> dict[str, np.ndarray]:
         ) from None
 
 
-def read_resamples(folder: str | Path) -> dict[str, np.ndarray]:
+def read_resamples(folder: str | Path, category: str | None = None) -> dict[str, np.ndarray]:
     """`resamples.npz` of a run: arrays by metric, and the string `test_set`.
 
-    A run before there was such a file has those of image AUROC if it kept its scores, else {}.
+    A run before there was such a file has those of image AUROC if it kept its scores, else {}. Of a run over several
+    categories they are of the mean, or of one `category` as its record names it, then without `test_set`.
     """
+    found: dict[str, np.ndarray] = {}
     for name, read in {"resamples.npz": _read_arrays, "scores.csv": image_resamples_from_scores}.items():
         if (path := Path(folder) / name).exists():
-            return _cached(read, path.parent, path.stat().st_mtime_ns)
-    return {}
+            found = _cached(read, path.parent, path.stat().st_mtime_ns)
+            break
+    if category is None:
+        return {name: values for name, values in found.items() if ":" not in name}
+    prefix = f"{category}:"
+    return {name.removeprefix(prefix): values for name, values in found.items() if name.startswith(prefix)}
 
 
 @lru_cache(1024)  # a table asks for those of the same runs again and again
@@ -249,7 +261,7 @@ def _read_arrays(folder: Path) -> dict[str, np.ndarray]:
 def image_resamples_from_scores(
     folder: str | Path, kind: str | None = None, category: str | None = None
 ) -> dict[str, np.ndarray]:
-    """What `read_resamples` gives, for image AUROC alone, from `scores.csv`.
+    """What `resamples.npz` holds, for image AUROC alone, from `scores.csv`.
 
     Groups come from the paths, as the data set says. For several categories it is their mean, as in the record. With
     `kind` or `category` only the good images and that kind of defect count, of the category or of all together.
@@ -264,15 +276,18 @@ def image_resamples_from_scores(
         ]
     paths, labels, scores = map(np.array, zip(*rows, strict=True))
     groups = np.array(data_sets.get(record["dataset"]).groups(paths.tolist()))
-    several = []
+    several = {}
     for name in [""] if kind or category else record.get("metrics_by_category", [""]):
         # Paths begin with the category, and in joined data sets with the data set, as the name of the category does.
         places = [f"{name}/", f"{name.partition('/')[2]}/"] if name else [""]
         chosen = next(c for place in places if (c := np.char.startswith(paths, place)).any())
         weights = draw(paths[chosen], groups[chosen], labels[chosen])
-        several.append(image_auroc(scores[chosen], labels[chosen], weights))
-    test_set = np.array(fingerprint(paths, groups, labels))
-    return {"image_auroc": np.mean(several, 0).astype(np.float32), "test_set": test_set}
+        several[name] = image_auroc(scores[chosen], labels[chosen], weights).astype(np.float32)
+    found = {
+        "image_auroc": np.mean(list(several.values()), 0),
+        "test_set": np.array(fingerprint(paths, groups, labels)),
+    }
+    return found | {f"{name}:image_auroc": values for name, values in several.items() if name}
 
 
 def read_history(folder: str | Path) -> list[dict[str, Any]]:

@@ -208,9 +208,9 @@ def _checkpoint_metadata(request: Request) -> dict[str, str]:
     return {"vitad_method": request.method, "settings": json.dumps(request.settings)}
 
 
-def _evaluate(test: ImageSet, maps: np.ndarray, scores: np.ndarray) -> tuple[dict[str, dict], Resamples]:
-    """`metrics` and `intervals` of the record, `metrics_by_category` where there are several; and the resamples."""
-    by_category, resamples = {}, []
+def _evaluate(test: ImageSet, maps: np.ndarray, scores: np.ndarray) -> tuple[dict[str, dict], dict[str, Resamples]]:
+    """`metrics` and `intervals` of the record, `metrics_by_category` where there are several; resamples of each."""
+    by_category, resamples = {}, {}
     for category in dict.fromkeys(test.categories.tolist()):
         chosen = test.categories == category
         pixels = chosen & _located(test)
@@ -219,11 +219,10 @@ def _evaluate(test: ImageSet, maps: np.ndarray, scores: np.ndarray) -> tuple[dic
         by_category[category] = evaluate(maps[pixels], masks, scores[chosen], test.labels[chosen], PRO_LIMIT)
         weights = draw(test.paths[chosen], test.groups[chosen], test.labels[chosen])
         masks = test.masks[chosen] if has_masks else None
-        resamples.append(resample(maps[chosen], masks, scores[chosen], test.labels[chosen], weights, PRO_LIMIT))
+        resamples[category] = resample(maps[chosen], masks, scores[chosen], test.labels[chosen], weights, PRO_LIMIT)
     means = _means(list(by_category.values()))
-    resampled = mean_of(resamples)
-    found: dict[str, dict] = {"metrics": means, "intervals": intervals(means, resampled)}
-    return found if len(by_category) == 1 else found | {"metrics_by_category": by_category}, resampled
+    found: dict[str, dict] = {"metrics": means, "intervals": intervals(means, mean_of(list(resamples.values())))}
+    return found if len(by_category) == 1 else found | {"metrics_by_category": by_category}, resamples
 
 
 def _located(test: ImageSet) -> np.ndarray:

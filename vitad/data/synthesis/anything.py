@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from vitad.data.synthesis import Synthesis
 
 VISIBLE = 0.02  # a change of less than five grey levels is no damage
-BLURS = (2, 3, 4, 5)  # px around a pixel over which a blur takes the mean
+BLURS = (2, 3, 4, 5)  # px around a pixel over which a blur takes the mean, whatever the image's size
 
 Fill = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # (s, y, x, colours (3,P) before) -> colours (3,P)
 
