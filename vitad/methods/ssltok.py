@@ -3,8 +3,8 @@
 In the manner of Kim & Kwon 2024, "Unsupervised Visual Anomaly Detection Using Self-Supervised Pre-Trained Transformer",
 IEEE Access 12, 127604-127613, DOI 10.1109/ACCESS.2024.3454753.
 
-    image -> tokenizer T (frozen) -> tokens t_a -> reconstruction R -> tokens t_hat as they would be without anomaly
-                                                -> memory           -> tokens t_m, the nearest of normal images
+    image -> tokenizer T (frozen) -> tokens t_a
+    t_a -> reconstruction R -> tokens t_hat as they would be without anomaly;  t_a -> memory -> t_m, the nearest normal
     anomaly map = how far t_a is from t_hat and t_m, where the segmentation G marks what it sees of the three
 
 Each token is predicted twice: once R sees all tokens, once it does not see the token itself.
