@@ -4,8 +4,9 @@
     python book/pictures.py compare [RUNS]     results/compare.png: one defect of each data set, as every method maps it
 
 Images come from `VITAD_DATA`, maps from the finished runs below RUNS (default `runs`): of each method the one with the
-seed 0, without overrides, of the preset that its page quotes. What is not there stays empty and is named. The images
-were chosen by eye, for defects that a reader can see, and before any map was drawn.
+lowest seed, without overrides, of the preset that its page quotes. results/compare.npz keeps the maps that are drawn,
+so that runs of several days make one picture. What is not there stays empty and is named. The images were chosen by
+eye, for defects that a reader can see, and before any map was drawn.
 """
 
 import sys
@@ -17,6 +18,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 
 from vitad import data, methods
+from vitad.files import atomic_write
 from vitad.runs.folder import read_maps
 from vitad.runs.pipeline import MASK_THRESHOLD
 from vitad.runs.record import Record, read_records, results_folder
@@ -90,12 +92,26 @@ def run_of(method: str, place: Place, records: list[Record]) -> Record | None:
     dataset, category, _ = place
     split, revision = data.get(dataset).resolve(category)[1], methods.get(method).Model.revision
     records = [r for r in records if r.get("revision", 1) == revision]
-    wanted = {"method": method, "dataset": dataset, "category": category, "split": split, "seed": 0, "overrides": {}}
+    wanted = {"method": method, "dataset": dataset, "category": category, "split": split, "overrides": {}}
     same = [r for r in records if all(r[key] == value for key, value in wanted.items()) and r["preset"] in PRESETS]
-    return min(same, key=lambda r: PRESETS.index(r["preset"]), default=None)
+    return min(same, key=lambda r: (PRESETS.index(r["preset"]), r["seed"]), default=None)
 
 
-def compare(places: dict[str, Place], records: list[Record]) -> Figure:
+def drawn(places: dict[str, Place], records: list[Record]) -> dict[str, np.ndarray]:
+    """{NAME/METHOD: map (S,S) uint8} of the runs that are there; 0 is the low, 255 the high end of a method's scale."""
+    maps = {}
+    for name, place in places.items():
+        for method in ORDER:
+            if record := run_of(method, place, records):
+                found = read_maps(record["folder"])
+                (row,) = np.flatnonzero(found["paths"] == place[2])
+                low, high = plots.heat_range(found["maps"])
+                share = (found["maps"][row].astype(float) - low) / (high - low)
+                maps[f"{name}/{method}"] = (255 * share.clip(0, 1)).round().astype(np.uint8)
+    return maps
+
+
+def compare(places: dict[str, Place], maps: dict[str, np.ndarray]) -> Figure:
     """A block a data set: the image with its defect outlined, and beside it, half as wide, the map of each method."""
     n, columns = len(places), -(-len(ORDER) // 2)
     fig = plt.figure(figsize=(10, 4.2 * n + 0.6), layout="constrained")
@@ -110,19 +126,15 @@ def compare(places: dict[str, Place], records: list[Record]) -> Figure:
         for k, method in enumerate(ORDER):
             axis = block.add_subplot(grid[k // columns, 2 + k % columns])
             axis.set_axis_off()
-            record = run_of(method, place, records)
-            if record is None:
+            if (shown := maps.get(f"{name}/{method}")) is None:
                 axis.imshow(np.ones((SIZE, SIZE)), cmap="gray", vmin=0, vmax=1)  # keeps the place
-                axis.set_title(f"{method}: not run", fontsize=9)
-                print(f"no run of {method} on {name} with the seed 0 and maps.npz")
+                axis.set_title(f"{method}: no map", fontsize=9)
+                print(f"no map of {method} on {name}")
                 continue
-            found = read_maps(record["folder"])
-            (row,) = np.flatnonzero(found["paths"] == place[2])
-            low, high = plots.heat_range(found["maps"])
             extent = (-0.5, SIZE - 0.5, SIZE - 0.5, -0.5)  # the map may be smaller than the image
-            axis.imshow(found["maps"][row], cmap=plots.HEAT, vmin=low, vmax=high, extent=extent)
+            axis.imshow(shown, cmap=plots.HEAT, vmin=0, vmax=255, extent=extent)
             plots.outline(axis, mask, "white", 0.6)
-            axis.set_title(f"{method}, {record['protocol']['image_size'][0]} px", fontsize=9)
+            axis.set_title(f"{method}, {len(shown)} px", fontsize=9)
     scale = foot.add_axes((0.2, 0.5, 0.6, 0.25))
     bar = foot.colorbar(ScalarMappable(cmap=plots.HEAT), scale, orientation="horizontal", ticks=[0, 1])
     bar.ax.set_xticklabels(["median of a method's test pixels", "highest 0.2 %"], fontsize=8)
@@ -136,8 +148,12 @@ def main(arguments: list[str]) -> None:
         fig = intro(INTRO)
     elif what == "compare":
         assert set(ORDER) == set(methods.METHODS)
-        folder = Path(runs[0] if runs else "runs")
-        fig = compare(COMPARE, [r for r in read_records(folder) if (r["folder"] / "maps.npz").exists()])
+        kept = results_folder() / "compare.npz"
+        finished = [r for r in read_records(Path(runs[0] if runs else "runs")) if (r["folder"] / "maps.npz").exists()]
+        maps = (dict(np.load(kept)) if kept.exists() else {}) | drawn(COMPARE, finished)
+        with atomic_write(kept) as temporary, open(temporary, "wb") as file:
+            np.savez_compressed(file, **maps)  # type: ignore[arg-type]
+        fig = compare(COMPARE, maps)
     else:
         sys.exit(__doc__)
     out = results_folder() / f"{what}.png"

@@ -51,31 +51,44 @@ def test_a_square_around_a_defect_stays_in_the_image():
     assert pictures.close_by(mask, 0.4) == (slice(30, 70), slice(10, 50))
 
 
-def test_maps_stand_beside_their_image_and_what_was_not_run_is_named(toy_root, tmp_path, capsys):
+def test_maps_stand_beside_their_image_and_those_that_are_missing_are_named(toy_root, tmp_path, capsys):
     runs.run("patchknn", data_root=toy_root, preset="smoke", device="cpu", out=tmp_path / "run")
-    fig = pictures.compare({"gear": STAIN}, runs.read_records(tmp_path))
+    maps = pictures.drawn({"gear": STAIN}, runs.read_records(tmp_path))
+    fig = pictures.compare({"gear": STAIN}, maps)
     assert titles(fig)[:7] == [
         "gear: stain",
-        *(f"{name}: not run" for name in ("l2cae", "anovit", "vitmem", "mala")),
+        *(f"{name}: no map" for name in ("l2cae", "anovit", "vitmem", "mala")),
         "patchknn, 64 px",
-        "ssltok: not run",
+        "ssltok: no map",
     ]
     found = runs.read_maps(tmp_path / "run")
     (row,) = np.flatnonzero(found["paths"] == STAIN[2])
+    low, high = plots.heat_range(found["maps"])
     shown = fig.axes[5].images[0]
-    assert np.array_equal(shown.get_array(), found["maps"][row])
-    assert shown.get_clim() == pytest.approx(plots.heat_range(found["maps"]))
-    assert "no run of mala on gear" in capsys.readouterr().out and "CC BY-NC-SA 4.0" in fig.get_supxlabel()
+    assert shown.get_clim() == (0, 255) and np.array_equal(shown.get_array(), maps["gear/patchknn"])
+    scaled = low + shown.get_array() / 255 * (high - low)
+    np.testing.assert_allclose(scaled, found["maps"][row].clip(low, high), atol=(high - low) / 500)
+    assert "no map of mala on gear" in capsys.readouterr().out and "CC BY-NC-SA 4.0" in fig.get_supxlabel()
 
 
-def test_of_several_runs_the_first_preset_with_seed_0_is_shown():
+def test_of_several_runs_the_first_preset_with_the_lowest_seed_is_shown():
     def record(preset, seed=0, split=None, **overrides):
         same = {"method": "vitmem", "dataset": "toy", "category": "gear", "split": split}
         return same | {"preset": preset, "seed": seed, "overrides": overrides}
 
-    others = [record("smoke", 1), record("smoke", memory=False), record("small"), record("smoke", split="grouped")]
+    others = [record("smoke", memory=False), record("small"), record("smoke", split="grouped")]
     demo, smoke = record("demo"), record("smoke")
-    assert pictures.run_of("vitmem", STAIN, [*others, demo, smoke]) is smoke
+    assert pictures.run_of("vitmem", STAIN, [*others, demo, record("smoke", 1), smoke, record("smoke", 2)]) is smoke
     assert pictures.run_of("vitmem", STAIN, [*others, demo]) is demo
     others.append(demo | {"revision": 99})
     assert pictures.run_of("vitmem", STAIN, others) is None and pictures.run_of("mala", STAIN, [demo]) is None
+
+
+def test_maps_of_several_days_are_kept_together(toy_root, tmp_path, monkeypatch):
+    monkeypatch.setattr(pictures, "COMPARE", {"gear": STAIN})
+    monkeypatch.setattr(pictures, "results_folder", lambda: tmp_path)
+    for method in ("patchknn", "l2cae"):
+        runs.run(method, data_root=toy_root, preset="smoke", device="cpu", out=tmp_path / method / "run")
+        pictures.main(["compare", str(tmp_path / method)])
+    assert set(np.load(tmp_path / "compare.npz")) == {"gear/patchknn", "gear/l2cae"}
+    assert (tmp_path / "compare.png").exists()

@@ -147,6 +147,8 @@ def test_intervals_say_what_they_lack_and_what_is_at_chance(tmp_path):
     del old["metrics"]["pixel_ap"]
     shown = tables.intervals({("tiles", "a"): guess, ("tiles", "b"): [wrong], ("tiles", "c"): [old | protocol]})
     assert shown.loc[("tiles", "a"), "seeds"] == 2
+    assert "[0.31,\u00a00.70]\u00a0*" in shown.loc[("tiles", "a"), "image AUROC"]  # no line breaks within it
+    shown = shown.replace("\u00a0", " ", regex=True)
     assert shown.loc[("tiles", "a"), "image AUROC"] == "0.505 [0.31, 0.70] *, at chance"  # t(0.975, 1) is 12.7
     assert shown.loc[("tiles", "a"), "pixel AUROC"] == "0.750 [0.75, 0.75] *"
     assert shown.loc[("tiles", "a"), "PRO"] == "0.150 [0.00, 0.79] *, at chance"
@@ -159,6 +161,7 @@ def test_differences_are_paired_and_corrected_together(tmp_path):
     low, high = ([record("a", "grouped", s, v + 0.001 * s, pro=None) for s in range(3)] for v in (0.5, 0.9))
     once = [[with_resamples(record("a", "grouped", 0, v), tmp_path / str(v), image_auroc=v / 10)] for v in (0.5, 0.8)]
     shown = tables.differences({("tiles", "x"): (high, low), ("tiles", "y"): (low[:1], high), ("pills", "z"): once})
+    shown = shown.replace("\u00a0", " ", regex=True)
     assert shown["seeds"].tolist() == [3, 1, 1]
     assert shown["image AUROC"].tolist() == [
         "+0.400 [+0.40, +0.40] *, above",
