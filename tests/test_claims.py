@@ -13,6 +13,7 @@ import vitad
 from vitad import claims, runs
 from vitad.claims import (
     above,
+    above_on_average,
     all_of,
     at_least,
     at_most,
@@ -128,6 +129,17 @@ def test_parts_that_add_up():
     assert nothing.holds and "PRO full − full − base + base +0.000" in nothing.numbers
     dead = runs_of("vitmem", overrides={"shrink": 2.0})
     assert not interaction_undecided(full, dead, base, base, "pro").holds
+
+
+def test_the_mean_over_data_sets_is_paired():
+    knn, cae = ([runs_of(m), runs_of(m, "mt", preset="small")] for m in ("patchknn", "l2cae"))
+    found = above_on_average(knn, cae, "image_auroc")
+    on_gears, on_tiles = (
+        difference(a.records[:3], b.records[:3], "image_auroc").value for a, b in zip(knn, cae, strict=True)
+    )
+    assert found.holds and f" {(on_gears + on_tiles) / 2:+.3f} [" in found.numbers and "3 seeds" in found.numbers
+    assert found.rests_on == above(knn[0], cae[0], "pro").rests_on | above(knn[1], cae[1], "pro").rests_on
+    assert not above_on_average(cae, knn, "image_auroc").holds and not above_on_average(knn, knn, "pro").holds
 
 
 def test_counts():

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import json
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -183,6 +184,20 @@ def by_all_metrics(comparison: Callable[..., Evidence], first: Runs, second: Run
     return all_of(*(comparison(first, second, metric, *value) for metric in METRICS))
 
 
+def above_on_average(firsts: list[Runs], seconds: list[Runs], metric: str) -> Evidence:
+    """The mean over several data sets is above that of others: the 95 % interval of the difference lies above 0.
+
+    The two lists are of the same data sets, in the same order; each pair shares its test images, and all have a seed in
+    common.
+    """
+    terms = [(sign * k, runs) for sign, side in ((1, firsts), (-1, seconds)) for k, runs in enumerate(side, 1)]
+    weights = {str(k): math.copysign(1 / len(firsts), k) for k, _ in terms}
+    d = contrast({str(k): runs.records for k, runs in terms}, weights, metric)
+    what = f"mean of {len(firsts)}: {', '.join(r.name for r in firsts)} − {', '.join(r.name for r in seconds)}"
+    numbers = f"{METRICS[metric]}, {what} {d.value:+.3f} [{d.low:+.3f}, {d.high:+.3f}], {_sources(d)}"
+    return _evidence(d.verdict == "above", numbers, *firsts, *seconds)
+
+
 def interaction_undecided(both: Runs, first: Runs, second: Runs, neither: Runs, metric: str) -> Evidence:
     """Whether two parts give more together than the sum of what each gives alone: the 95 % interval holds 0."""
     variants = {"both": both, "first": first, "second": second, "neither": neither}
@@ -294,6 +309,7 @@ VOCABULARY = {
         of_kind,
         of_category,
         above,
+        above_on_average,
         undecided,
         by_all_metrics,
         interaction_undecided,
