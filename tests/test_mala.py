@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import weakref
 from collections import Counter
 from functools import partial
 
@@ -13,7 +14,10 @@ from helpers import CPU, Watched, equal, state
 from safetensors.torch import save_file
 from scipy.ndimage import uniform_filter
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from vitad import data, runs, training
 from vitad.backbones import normalise, vit
@@ -283,6 +287,68 @@ def test_one_backward_gives_each_parameter_the_gradient_of_its_own_objective(rea
             torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-7)
     reached = {name.split(".")[0] for name, g in together.items() if g is not None and g.abs().sum() > 0}
     assert reached == {*autoencoder, *(("plpm",) if reading != "off" else ())}
+
+
+@pytest.mark.parametrize("reading", ["adversarial", "joint", "off"])
+def test_stage_1_in_micro_batches_is_stage_1(reading, gears):
+    """Losses and gradients. PLPM's batch norm sees the whole batch, which sums over micro-batches would not give."""
+    batch, found = gears.train.batch(range(7)), []
+    for size in (0, 3):
+        model = make(plpm=reading, micro_batch=size).train()
+        rows = []
+        model.encoder.patch_embed.register_forward_hook(lambda *call, rows=rows: rows.append(len(call[1][0])))
+        torch.manual_seed(7)
+        losses = model.stage1_losses(batch)
+        found.append((losses, gradients(model, sum(losses.values()), ("encoder", "decoder"))))
+        if model.plpm:
+            found[-1][1].update({name: p.grad for name, p in model.plpm.named_parameters()})
+        assert rows == ([3, 3, 1, 1, 3, 3] if size else [7])
+    (losses, expected), (parts, got) = found
+    assert losses.keys() == parts.keys() and expected.keys() == got.keys()
+    for name in losses:
+        torch.testing.assert_close(parts[name], losses[name])
+    for name, gradient in expected.items():
+        if gradient is None:
+            assert got[name] is None
+        else:
+            torch.testing.assert_close(got[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+class Held(TorchDispatchMode):
+    """Counts the bytes that tensors hold, and the most that they ever held."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self.storages = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and (storage := tensor.untyped_storage())._cdata not in self.storages:
+                self.storages.add(storage._cdata)
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self.free, storage._cdata, storage.nbytes())
+        return result
+
+    def free(self, address, size):
+        self.storages.remove(address)
+        self.now -= size
+
+
+def test_stage_1_of_the_paper_fits_11_gib_in_micro_batches():
+    """128 images in half precision, forward and back. Nothing is computed, sizes are real. At once they take 17 GiB."""
+    with torch.device("meta"):
+        overrides = {"pretrained": False, "micro_batch": 16}
+        model = mala.Model(resolve(mala.Settings, mala.PRESETS, "paper", overrides)).train()
+    with FakeTensorMode(allow_non_fake_inputs=True), Held() as held:
+        model.to_empty(device="cpu")
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = sum(model.stage1_losses({"image": torch.rand(128, 3, 224, 224)}).values())
+        loss.backward()
+    moments = 2 * 4 * sum(p.numel() for p in model.phases()[0].parameters)  # of AdamW
+    assert 7 < (held.peak + moments) / 2**30 < 9.5  # what is left is for CUDA itself
 
 
 def test_plpm_learns_to_tell_and_the_autoencoder_to_fool_it(gears):

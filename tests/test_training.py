@@ -12,7 +12,7 @@ from vitad.errors import UserError
 from vitad.methods import anovit
 from vitad.methods.rivals import l2cae
 from vitad.settings import resolve
-from vitad.training import Phase, autocast, train
+from vitad.training import Phase, autocast, in_parts, train
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU"))]
 
@@ -253,6 +253,47 @@ def test_stops_without_progress_and_keeps_the_best_epoch(images, script, patienc
     history = train(model, images, 0, CPU)
     assert [row["val"] for row in history] == script[:epochs]
     assert model.age == best
+
+
+# --- a batch in parts -------------------------------------------------------------------------------------
+
+
+class Masked(nn.Module):
+    """Its loss is a mean over masked pixels, of which some images have more, once behind a batch norm."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 3, 1))
+        self.norm = nn.BatchNorm2d(3, track_running_stats=False)
+        self.rows = []
+
+    def computed(self, x):
+        self.rows.append(len(x))
+        return self.body(x)
+
+    def losses(self, x, mask, size):
+        y = in_parts(self.computed, size, x)
+        return y.square()[mask].mean() + self.norm(y).square()[mask].mean()
+
+
+@pytest.mark.parametrize("size", [1, 3, 4, 7, 9])
+def test_a_batch_in_parts_has_the_gradients_of_the_whole(size):
+    x = torch.randn(7, 3, 10, 10, generator=torch.Generator().manual_seed(1))
+    mask = torch.zeros(7, 3, 8, 8, dtype=torch.bool)
+    for k in range(7):
+        mask[k, :, :k] = True  # none in the first image
+    models = Masked(), Masked()
+    losses = [model.losses(x, mask, n) for model, n in zip(models, (0, size), strict=True)]
+    for loss in losses:
+        loss.backward()
+    torch.testing.assert_close(*losses)
+    for whole, parts in zip(*(model.parameters() for model in models), strict=True):
+        assert whole.grad.abs().sum() > 0
+        torch.testing.assert_close(parts.grad, whole.grad, rtol=1e-5, atol=1e-6)
+    forward = [min(size, 7 - k) for k in range(0, 7, size)]
+    assert models[0].rows == [7]
+    assert models[1].rows == forward + forward[::-1]  # once more in the backward pass, a part at a time
 
 
 # --- losses that are not finite ---------------------------------------------------------------------------

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from numpy import ndarray
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from vitad.errors import UserError
@@ -78,6 +79,26 @@ def warm_up_then_cosine(warm_up: float) -> Callable[[float], float]:
         return 0.5 + 0.5 * math.cos(math.pi * (done - warm_up) / (1 - warm_up))
 
     return factor
+
+
+def in_parts(function: Callable[..., Tensor], size: int, *tensors: Tensor) -> Tensor:
+    """`function(*tensors)`, computed for `size` rows at a time, so that less is held for the backward pass.
+
+    Only inputs and results of a part are kept; the rest is computed once more for its gradients (Chen et al. 2016,
+    arXiv 1604.06174). The losses see the whole batch. So they and their gradients stay the same, whatever they take a
+    mean over and whichever statistics of the batch they use; sums of the gradients of parts would not.
+
+    Parameters
+    ----------
+    function
+        Tensors (B,...) -> Tensor (B,...); treats each row by itself and draws nothing at random.
+    size
+        Rows of a part; 0 takes all at once.
+    """
+    if not size:
+        return function(*tensors)
+    parts = zip(*(tensor.split(size) for tensor in tensors), strict=True)
+    return torch.cat([checkpoint(function, *p, use_reentrant=False, preserve_rng_state=False) for p in parts])
 
 
 def autocast(device: torch.device, enabled: bool) -> torch.autocast:
@@ -162,9 +183,9 @@ def train(
                     torch.manual_seed(seed_of(seed, "step", *epoch, progress.step))  # of all that the losses draw
                     first = progress.step * phase.batch_size
                     batch = images.batch(order[first : first + phase.batch_size], device)
+                    optimizer.zero_grad(set_to_none=True)  # before the forward pass, which needs their memory
                     with autocast(device, amp):
                         losses = losses_of(batch)
-                    optimizer.zero_grad(set_to_none=True)
                     _sum(losses).backward()
                     if phase.clip:
                         nn.utils.clip_grad_norm_(phase.parameters, phase.clip)
