@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from vitad import data, runs, training
 from vitad.backbones import normalise, vit
+from vitad.data import samples
 from vitad.data.synthesis import foreground_mask
 from vitad.errors import UserError
 from vitad.methods import mala
@@ -459,6 +460,23 @@ def test_of_each_category_exactly_64_of_80_images_are_damaged_others_in_every_ep
         assert Counter(images.categories[epoch].tolist()) == {f"toy/{c}": 8 for c in ("weave", "grain", "gear")}
     assert len({tuple(sorted(epoch)) for epoch in epochs}) == 3
     assert len(set(masks)) == len(masks)
+
+
+@pytest.mark.parametrize("mode", ["global", "both"])
+def test_damage_that_is_made_ahead_is_the_same(mode, gears, monkeypatch):
+    """As with a GPU: by threads, on the host, from the seeds that the losses would have drawn."""
+    found = []
+    for made_by in (samples.batches, samples._made_ahead):
+        monkeypatch.setattr(training, "batches", made_by)
+        model, seeds = make(mode=mode, batch_size=5), []
+        model.prepare(gears.train, CPU)
+        damaged = model.damaged
+        model.damaged = lambda *given, damaged=damaged, seeds=seeds: seeds.append(given[1:]) or damaged(*given)
+        history = train(model, gears.train, 0, CPU, amp=False)
+        found.append((state(model), [row | {"seconds": 0} for row in history], seeds))
+    (usual, history, drawn), (ahead, again, given) = found
+    assert equal(usual, ahead) and history == again
+    assert len(drawn) == len(given) == 6 and not any(drawn) and len(set(given)) == 6
 
 
 def test_local_damage_keeps_to_the_foreground_which_is_found_once(gears, monkeypatch):

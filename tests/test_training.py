@@ -1,6 +1,8 @@
 """The training loop: what it feeds, when it stops, what it keeps, and that nothing is lost when it is broken off."""
 
 import math
+import time
+from threading import Event
 
 import pytest
 import torch
@@ -345,6 +347,8 @@ def save_always(monkeypatch):
     def always(self, *parts):
         self.last, self.took = -math.inf, 0
         if_due(self, *parts)
+        if self.writing:
+            self.writing.result()
 
     monkeypatch.setattr(training._Saver, "if_due", always)
 
@@ -429,6 +433,69 @@ def test_the_state_is_saved_now_and_then_and_whole(images, tmp_path, monkeypatch
     with pytest.raises(UserError, match="cannot write .*state.pt: No space left"):
         train(Net(epochs=9), images, 0, CPU, state_path=path)
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["state.pt"]
+
+
+def test_steps_go_on_while_a_state_is_written_and_one_is_written_at_a_time(images, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(training, "CHECK_STEPS", 1)
+    model, path, save, states, begun = Net(epochs=4), tmp_path / "state.pt", torch.save, [], []
+    losses, started, go_on = model.losses, Event(), Event()
+
+    def slow(saved, file):
+        states.append(saved)
+        started.set()
+        assert go_on.wait(60), "the steps wait for the file"
+        save(saved, file)
+
+    def watched(batch):
+        if model.calls == 1:
+            begun.append(state(model))  # as it was after the first step
+        if model.calls == 8:
+            assert started.wait(60) and len(states) == 1 and not path.exists()
+            go_on.set()
+        return losses(batch)
+
+    monkeypatch.setattr(torch, "save", slow)
+    model.losses = watched
+    train(model, images, 0, CPU, state_path=path)
+    assert model.calls == 12 and path.exists()
+    assert (states[0]["at"]["epoch"], states[0]["at"]["step"]) == (0, 1) and equal(states[0]["model"], begun[0])
+    assert all(3 * later["at"]["epoch"] + later["at"]["step"] > 8 for later in states[1:])
+
+
+def test_a_state_that_cannot_be_written_stops_the_training(images, tmp_path, monkeypatch):
+    """Not only at its end; and another error is not hidden by it."""
+    monkeypatch.setattr(training, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(training, "CHECK_STEPS", 1)
+    tried = Event()
+
+    def full(saved, file):
+        tried.set()
+        raise RuntimeError("unexpected pos 64 vs 0")  # torch's words for a full disk
+
+    monkeypatch.setattr(torch, "save", full)
+    model = Net(epochs=100)
+    losses = model.losses
+
+    def watched(batch):
+        if model.calls == 2:
+            assert tried.wait(60)
+            time.sleep(0.1)
+        return losses(batch)
+
+    model.losses = watched
+    with pytest.raises(UserError, match="cannot write .*torch could not save it, as on a full disk"):
+        train(model, images, 0, CPU, state_path=tmp_path / "state.pt")
+    assert model.calls < 10 and not list(tmp_path.iterdir())
+
+    def stop(batch):
+        if model.calls > 0:
+            raise KeyboardInterrupt
+        return losses(batch)
+
+    model.calls, model.losses = 0, stop
+    with pytest.raises(KeyboardInterrupt):
+        train(model, images, 0, CPU, state_path=tmp_path / "state.pt")
 
 
 # --- half precision ---------------------------------------------------------------------------------------
