@@ -54,6 +54,7 @@ def _show(args: argparse.Namespace) -> None:
     where = " ".join(str(record[k]) for k in ("dataset", "category", "split") if record[k])
     e, git, counts, times = record["environment"], record["git"], record["counts"], record["timings"]
     commit = f"{git['commit'][:10]}{' with changes' if git['changed'] else ''}" if git else "unknown"
+    machine = [e["device"], e["device_name"], f"{e['threads']} threads", e["precision"], *e.get("switches", [])]
     test = f"{counts['test_good']} good + {counts['test_defective']} defective"
     rows = [
         ("method", f"{record['method']}: {record['paper']}"),
@@ -64,7 +65,7 @@ def _show(args: argparse.Namespace) -> None:
         *((name, _number(value)) for name, value in record["metrics"].items()),
         *((category, _numbers(metrics)) for category, metrics in record.get("metrics_by_category", {}).items()),
         ("time", f"train {times['train_s']:.1f} s, score {times['test_images_per_s']:.1f} images/s"),
-        ("machine", f"{e['device']}, {e['device_name']}, {e['threads']} threads, {e['precision']}"),
+        ("machine", ", ".join(machine)),
         ("commit", commit),
         ("finished", record["finished"]),
         ("heatmaps", str(Path(args.out) / "heatmaps.png")),
@@ -225,6 +226,11 @@ def _add_runs(commands: Any) -> None:
     run.add_argument("--preset", default="demo", help="smoke, demo (default), small, paper, ...: see vitad list")
     run.add_argument("--seed", default=0, help="a whole number from 0 (default 0)")
     run.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
+    run.add_argument("--tf32", action="store_true", help="float32 products on a GPU in TF32: faster, less precise")
+    run.add_argument("--compile", action="store_true", help="torch.compile for the blocks of transformers")
+    run.add_argument(
+        "--deterministic", action="store_true", help="only operations that repeat to the bit, on a GPU as well"
+    )
     _settings_options(run)
     run.add_argument("--out", required=True, metavar="DIR", help="folder of the run; the same call again resumes it")
     run.set_defaults(action=_run)

@@ -38,6 +38,7 @@ from vitad.errors import UserError
 from vitad.methods.base import Method
 from vitad.randomness import generator, next_seed, seed_of, seeded
 from vitad.training import Phase, autocast, warm_up_then_cosine
+from vitad.transfer import to_device
 
 PAPER = "in the manner of Kim & Kwon 2024, IEEE Access 12, 127604-127613"
 CATEGORY = None
@@ -324,7 +325,9 @@ class Model(Method):
         index: Any = batch["index"] if self.training else None
         cached = index is not None and self.clean is not None and int(index.max()) < len(self.clean)
         # The caches hold only training images, and not always all of them.
-        raw = self.clean[index].to(x.device).float() if cached and self.clean is not None else self._raw_tokens(x)
+        raw = (
+            to_device(self.clean[index], x.device).float() if cached and self.clean is not None else self._raw_tokens(x)
+        )
         t = self._standard(raw)
         M = torch.zeros_like(x[:, 0], dtype=torch.bool)
         draws = torch.rand(len(x), generator=generator(seed, "damaged"))
@@ -332,8 +335,9 @@ class Model(Method):
         row = torch.zeros(len(x), dtype=torch.long)  # 0: clean, else one more than the version
         if cached and s.pool:
             version = torch.randint(s.pool, (len(x),), generator=generator(seed, "version"))[chosen]
-            raw[chosen] = self.pool["tokens"][version, index[chosen]].to(x.device).float()
-            M[chosen] = self.pool["mask"][version, index[chosen]].to(x.device)
+            places = to_device(chosen, x.device)
+            raw[places] = to_device(self.pool["tokens"][version, index[chosen]], x.device).float()
+            M[places] = to_device(self.pool["mask"][version, index[chosen]], x.device)
             row[chosen] = version + 1
         elif len(chosen):
             foreground = self._foreground(x[chosen], batch["texture"][chosen].numpy())
@@ -343,7 +347,7 @@ class Model(Method):
         t_m = None
         if s.remember:
             if cached and s.pool and self.nearest is not None:
-                nearest = self.nearest[row, index].to(x.device).long()
+                nearest = to_device(self.nearest[row, index], x.device).long()
             else:
                 nearest = self.look_up(raw, None if index is None else self.items[index])
             t_m = self._standard(self.bank[nearest])
@@ -365,7 +369,7 @@ class Model(Method):
             random = generator(next_seed(), "masked")
             share = torch.rand(len(t), 1, generator=random) * s.mask_max  # of the tokens, for each image
             masked = torch.rand(t.shape[:2], generator=random) < share  # (B,N)
-            t_hat = self.reconstruction(t_a, masked.to(t.device))
+            t_hat = self.reconstruction(t_a, to_device(masked, t.device))
             losses["cosine"] = (1 - F.cosine_similarity(t_hat, t, dim=-1)).mean()
             losses["smooth_l1"] = 0.5 * F.smooth_l1_loss(t_hat, t)
         if self.segmentation:
