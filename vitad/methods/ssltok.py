@@ -170,6 +170,7 @@ class Model(Method):
             parts = 1 + 2 * s.reconstruct + s.remember  # t_a, t_hat, and how far t_a is from t_hat and from t_m
             with seeded(self.seed, "segmentation"):
                 self.segmentation = Segmentation(parts * D, grid, s.seg_width, s.image_size)
+        self.filled = 1  # rows of the bank that are looked at: those that hold a token; at least one
         # From prepare():
         self.clean: Tensor | None = None  # (n,N,D) half: tokens of the training images
         self.pool: dict[str, Tensor] = {}  # `tokens` (pool,n,N,D) half and `mask` (pool,n,S,S): the damaged versions
@@ -214,11 +215,10 @@ class Model(Method):
         With `items` (B,) tokens of the same item are passed over, so that a training image does not find itself.
         """
         with torch.autocast(tokens.device.type, enabled=False):  # half precision cannot tell cosines near 1 apart
-            filled = max(1, int(self.bank.any(1).sum()))  # free rows come last
-            bank = F.normalize(self.bank[:filled], dim=-1)
+            bank = F.normalize(self.bank[: self.filled], dim=-1)  # free rows come last
             similarity = F.normalize(tokens.float(), dim=-1) @ bank.T  # (B,N,M)
             if items is not None:
-                same = (items[:, None, None] == self.owners[:filled]).to(tokens.device)  # (B,1,M)
+                same = (items[:, None, None] == self.owners[: self.filled]).to(tokens.device)  # (B,1,M)
                 similarity.masked_fill_(same, -torch.inf)
             return similarity.argmax(-1)
 
@@ -226,7 +226,7 @@ class Model(Method):
         """Keep tokens of the training images, drawn evenly."""
         assert self.clean is not None, "the tokens are there"
         n, N, D = self.clean.shape
-        size = min(self.settings.bank_size, n * N)
+        self.filled = size = min(self.settings.bank_size, n * N)
         chosen = torch.randperm(n * N, generator=generator(self.seed, "bank"))[:size].sort().values
         self.bank[:size] = self.clean.view(-1, D)[chosen].to(self.bank)
         self.owners = torch.full((len(self.bank),), -1)
@@ -237,11 +237,31 @@ class Model(Method):
                 "on images of other items as well, raise bank_size, or set remember to false."
             )
 
+    def _load_from_state_dict(self, state: dict[str, Tensor], prefix: str, *rest: Any) -> None:
+        if (bank := state.get(prefix + "bank")) is not None:
+            self.filled = max(1, int(bank.any(1).sum()))
+        super()._load_from_state_dict(state, prefix, *rest)
+
     def fill_for_timing(self) -> None:
-        """Fill the bank with random tokens."""
+        """Fill the bank with random tokens, and the caches with a pair of images."""
+        s, N, D = self.settings, self.tokenizer.patch_embed.num_patches, len(self.mean)
         self.bank.normal_()
+        self.filled = len(self.bank)
+        with torch.device("cpu"):  # as the caches are
+            self.items, self.owners = torch.zeros(1, dtype=torch.long), torch.full((self.filled,), -1)
+            self.clean = torch.randn(1, N, D, dtype=torch.half)
+            self.pool = {
+                "tokens": torch.randn(s.pool, 1, N, D, dtype=torch.half),
+                "mask": torch.zeros(s.pool, 1, s.image_size, s.image_size, dtype=torch.bool),
+            }
+            if s.remember and s.pool:
+                self.nearest = torch.zeros(1 + s.pool, 1, N, dtype=torch.int32)
 
     # --- training pairs ---
+
+    def size_up(self, categories: ndarray) -> None:
+        """More epochs where there are few images."""
+        self.epochs = max(self.settings.epochs, math.ceil(self.settings.min_steps / self._steps(len(categories))))
 
     @torch.no_grad()
     def prepare(self, images: ImageSet, device: torch.device) -> None:
@@ -251,7 +271,7 @@ class Model(Method):
         """
         s = self.settings
         N, D = self.tokenizer.patch_embed.num_patches, len(self.mean)
-        self.epochs = max(s.epochs, math.ceil(s.min_steps / self._steps(images)))
+        self.size_up(images.categories)
         pool = s.pool if s.damage else 0  # without damage nothing reads the damaged versions
         per_image = 2 * N * D + pool * (2 * N * D + s.image_size**2) + 4 * (1 + pool) * N  # bytes
         if pool and len(images) * per_image > CACHE_BYTES:
@@ -289,9 +309,9 @@ class Model(Method):
         if s.damage:
             self.protocol["textures"] = textures_used(s.textures, images.size)
 
-    def _steps(self, images: ImageSet) -> int:
+    def _steps(self, n_images: int) -> int:
         """Steps of an epoch."""
-        return math.ceil(len(images) / self.settings.batch_size)
+        return math.ceil(n_images / self.settings.batch_size)
 
     def _measure(self, tokens: Tensor) -> None:
         """Mean and standard deviation of each channel of (n,N,D), in single precision a few images at a time."""
@@ -483,7 +503,7 @@ class Model(Method):
 
         with autocast(x.device, s.amp):
             return {
-                "train_steps": self.epochs * self._steps(images),
+                "train_steps": self.epochs * self._steps(len(images)),
                 "cache_mib": round(sum(c.numel() * c.element_size() for c in cached) / 2**20, 1),
                 "images_per_s": per_second(lambda: self.anomaly_map(x)),
                 "images_per_s_from_tokens": per_second(lambda: self._predict(tokens, x.shape[-2:])["map"]),
