@@ -214,7 +214,7 @@ def as_text(plans: Sequence[Plan]) -> str:
     at_most = ", at most, since it may stop early" if any(part.phase.patience for part in parts) else ""
     lines += [
         f"time{at_most}: {SHARE:.0%} of the peak is assumed, not measured, and {1e6 * CALL:g} us for each operation",
-        "  that torch starts. Preparation looks at each training image once. Left out: damage, validation, metrics, files.",
+        "  that torch starts. Preparation looks at each training image once. Not counted: damage, validation, metrics.",
         f"memory: {SPARE} GiB are spare, for CUDA and for what the backward pass needs for a moment.",
     ]
     return "\n".join(lines)
