@@ -320,7 +320,13 @@ def _random(seed: int, *purpose: str | int) -> np.random.Generator:
 def _ahead(phase: Phase, seeds: list[int]) -> Callable[[int, dict[str, Any]], dict[str, Tensor]] | None:
     """The damage of a phase in steps of these seeds, drawn from the number that the losses would draw first."""
     damage = phase.damage
-    return damage and (lambda number, batch: damage(batch, next_seed(torch.Generator().manual_seed(seeds[number]))))
+    if not damage:
+        return None
+
+    def make(number: int, batch: dict[str, Any]) -> dict[str, Tensor]:
+        return damage(batch, next_seed(torch.Generator().manual_seed(seeds[number])))
+
+    return make
 
 
 def _hold_out(phase: Phase, n_images: int, seed: int) -> tuple[ndarray, ndarray]:

@@ -216,7 +216,7 @@ class Model(Method):
         if source not in ("auto", "random"):
             self.weights = load_mae(self, source)
         self.synthesis = Synthesis(("perlin",), s.damage, s.mode, s.textures, keep_grey=s.keep_grey)
-        # From prepare():
+        # From size_up() and prepare():
         self.chosen: dict[int, Any] = {1: None, 2: None}  # indices of the images of each stage; None: all
         self.drawn_anew: Callable[[np.random.Generator], ndarray] | None = None  # draws those of an epoch of stage 1
         self.foreground: Tensor | None = None  # (n,1,S,S), of the images of stage 2
@@ -340,16 +340,21 @@ class Model(Method):
 
     # --- training ---
 
-    @torch.no_grad()
-    def prepare(self, images: ImageSet, device: torch.device) -> None:
-        """Draw the images of both stages, as many of each category; find the foreground of those to be damaged."""
+    def size_up(self, categories: ndarray) -> None:
+        """Draw the images of both stages, as many of each category."""
         s = self.settings
         for stage, most in {1: s.stage1_images, 2: s.stage2_images}.items():
             random = np.random.default_rng(seed_of(self.seed, "images", stage))
-            self.chosen[stage] = draw(images.categories, most, random)
-        self.categories = images.categories
+            self.chosen[stage] = draw(categories, most, random)
+        self.categories = categories
         if s.resample_each_epoch:
-            self.drawn_anew = lambda random: draw(images.categories, s.stage1_images, random)
+            self.drawn_anew = lambda random: draw(categories, s.stage1_images, random)
+
+    @torch.no_grad()
+    def prepare(self, images: ImageSet, device: torch.device) -> None:
+        """Draw the images, and find the foreground of those to be damaged."""
+        s = self.settings
+        self.size_up(images.categories)
         if s.pipeline == "e2e" and s.mode != "global":
             self.foreground = foregrounds(images, self.chosen[2], s.foreground)
         if s.pipeline == "e2e":

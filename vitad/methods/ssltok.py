@@ -244,9 +244,19 @@ class Model(Method):
             )
 
     def fill_for_timing(self) -> None:
-        """Fill the bank with random tokens."""
-        if self.settings.remember:
-            self.bank = torch.randn(self.settings.bank_size, self.bank.shape[1], device=self.bank.device)
+        """Fill the bank with random tokens, and the caches with a pair of images."""
+        s, N, D = self.settings, self.tokenizer.patch_embed.num_patches, len(self.mean)
+        if s.remember:
+            self.bank = torch.randn(s.bank_size, D, device=self.bank.device)
+        with torch.device("cpu"):  # as the caches are
+            self.items, self.owners = torch.zeros(1, dtype=torch.long), torch.full((len(self.bank),), -1)
+            self.clean = torch.randn(1, N, D, dtype=torch.half)
+            self.pool = {
+                "tokens": torch.randn(s.pool, 1, N, D, dtype=torch.half),
+                "mask": torch.zeros(s.pool, 1, s.image_size, s.image_size, dtype=torch.bool),
+            }
+            if s.remember and s.pool:
+                self.nearest = torch.zeros(1 + s.pool, 1, N, dtype=torch.int32)
 
     def _load_from_state_dict(self, state: dict[str, Tensor], prefix: str, *rest: Any) -> None:
         if (bank := state.get(prefix + "bank")) is not None:
@@ -254,6 +264,10 @@ class Model(Method):
         super()._load_from_state_dict(state, prefix, *rest)
 
     # --- training pairs ---
+
+    def size_up(self, categories: ndarray) -> None:
+        """More epochs where there are few images."""
+        self.epochs = max(self.settings.epochs, math.ceil(self.settings.min_steps / self._steps(len(categories))))
 
     @torch.no_grad()
     def prepare(self, images: ImageSet, device: torch.device) -> None:
@@ -263,7 +277,7 @@ class Model(Method):
         """
         s = self.settings
         N, D = self.tokenizer.patch_embed.num_patches, len(self.mean)
-        self.epochs = max(s.epochs, math.ceil(s.min_steps / self._steps(images)))
+        self.size_up(images.categories)
         pool = s.pool if s.damage else 0  # without damage nothing reads the damaged versions
         per_image = 2 * N * D + pool * (2 * N * D + s.image_size**2) + 4 * (1 + pool) * N  # bytes
         if pool and len(images) * per_image > CACHE_BYTES:
@@ -301,9 +315,9 @@ class Model(Method):
         if s.damage:
             self.protocol["textures"] = textures_used(s.textures, images.size)
 
-    def _steps(self, images: ImageSet) -> int:
+    def _steps(self, n_images: int) -> int:
         """Steps of an epoch."""
-        return math.ceil(len(images) / self.settings.batch_size)
+        return math.ceil(n_images / self.settings.batch_size)
 
     def _measure(self, tokens: Tensor) -> None:
         """Mean and standard deviation of each channel of (n,N,D), in single precision a few images at a time."""
@@ -498,7 +512,7 @@ class Model(Method):
 
         with autocast(x.device, s.amp):
             return {
-                "train_steps": self.epochs * self._steps(images),
+                "train_steps": self.epochs * self._steps(len(images)),
                 "cache_mib": round(sum(c.numel() * c.element_size() for c in cached) / 2**20, 1),
                 "images_per_s": per_second(lambda: self.anomaly_map(x)),
                 "images_per_s_from_tokens": per_second(lambda: self._predict(tokens, x.shape[-2:])["map"]),
