@@ -7,6 +7,8 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from collections import Counter
 from dataclasses import replace
 
@@ -14,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import trees
+from helpers import CPU
 from PIL import Image
 from scipy.ndimage import binary_dilation, label
 from torch.utils.data import DataLoader
@@ -247,6 +250,73 @@ class TestSamples:
         assert torch.equal(again.batch(everything)["mask"], in_memory.batch(everything)["mask"])
         ImageSet(records, toy_root, 40, limit=1000)
         assert len(list((cache / "images").iterdir())) == 2 and kept.exists()
+
+    @pytest.mark.parametrize("category, limit", [("gear", 2**30), ("weave", 2**30), ("gear", 1000)])
+    def test_batches_that_a_device_indexes_are_those_of_the_host(self, toy_root, cache, category, limit):
+        """Of three channels and of one, and from a file."""
+        images = ImageSet(data.find("toy", toy_root, category).test, toy_root, 32, limit=limit)
+        parts = ([3, 0, 3], range(1, 4), np.array([5]))
+        expected = [images.batch(part) for part in parts]
+        images._copies[CPU] = tuple(samples._copy(array, CPU) for array in images._arrays())
+        images._images = images._masks = images.labels = None  # only the copies are read
+        for batch, part in zip(expected, parts, strict=True):
+            got = images.batch(part)
+            assert got.keys() == batch.keys()
+            assert all(torch.equal(got[name], batch[name]) and got[name].dtype == batch[name].dtype for name in got)
+
+    def test_a_set_lives_on_a_device_where_it_takes_up_to_a_quarter_of_what_is_free(self, toy_root, monkeypatch):
+        meta = torch.device("meta")
+        for free, fits in ((4.0, True), (3.9, False)):
+            images = ImageSet(data.find("toy", toy_root, "gear").train, toy_root, 32)
+            size = images._images.nbytes + images._masks.nbytes + images.labels.nbytes
+            monkeypatch.setattr(samples, "free_bytes", lambda device, free=free, size=size: free * size)
+            assert images.batch([0, 2], meta)["image"].shape == (2, 3, 32, 32)
+            assert (images._copies[meta] is not None) == fits
+        monkeypatch.setattr(samples, "free_bytes", lambda device: 1e12)
+        images._copies.clear()
+        assert [t.dtype for t in images._on(meta)] == [torch.uint8, torch.bool, torch.int64]
+        assert images._on(CPU) is None
+
+    def test_threads_make_the_next_batches_in_order(self):
+        """On the CPU there are none, and nothing is made before it is asked for."""
+        made, damaged = [], []
+
+        class Images:
+            def batch(self, part, device="cpu"):
+                made.append((part, str(device), threading.current_thread()))
+                return {"image": torch.tensor(part)}
+
+        def damage(number, batch):
+            damaged.append(number)
+            return {"image": 10 * number + batch["image"]}
+
+        parts = [[k] for k in range(10)]
+        ahead = samples._made_ahead(Images(), parts, CPU, damage)
+        first = next(ahead)
+        deadline = time.monotonic() + 60
+        while len(damaged) < samples.AHEAD + 1 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.1)
+        assert sorted(damaged) == list(range(samples.AHEAD + 1)), "no more than that many wait"
+        batches = [first, *ahead]
+        assert [batch["image"].tolist() for batch in batches] == parts
+        assert [batch["damaged"]["image"].tolist() for batch in batches] == [[11 * k] for k in range(10)]
+        assert threading.main_thread() not in {thread for *_, thread in made}
+
+        made.clear()
+        plain = samples.batches(Images(), parts, CPU, damage)
+        next(plain), next(plain)
+        assert made == [(part, "cpu", threading.main_thread()) for part in parts[:2]] and len(damaged) == 10
+
+    def test_what_a_thread_cannot_make_is_raised(self):
+        class Images:
+            def batch(self, part, device="cpu"):
+                if part == 3:
+                    raise OSError("gone")
+                return {}
+
+        with pytest.raises(OSError, match="gone"):
+            list(samples._made_ahead(Images(), range(20), CPU))
 
     def test_a_changed_image_is_decoded_anew(self, toy_root, cache, tmp_path):
         path = tmp_path / "image.bmp"  # of the same size for any content

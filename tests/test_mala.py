@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import weakref
 from collections import Counter
 from functools import partial
 
@@ -13,10 +14,14 @@ from helpers import CPU, Watched, equal, state
 from safetensors.torch import save_file
 from scipy.ndimage import uniform_filter
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from vitad import data, runs, training
 from vitad.backbones import normalise, vit
+from vitad.data import samples
 from vitad.data.synthesis import foreground_mask
 from vitad.errors import UserError
 from vitad.methods import mala
@@ -285,6 +290,68 @@ def test_one_backward_gives_each_parameter_the_gradient_of_its_own_objective(rea
     assert reached == {*autoencoder, *(("plpm",) if reading != "off" else ())}
 
 
+@pytest.mark.parametrize("reading", ["adversarial", "joint", "off"])
+def test_stage_1_in_micro_batches_is_stage_1(reading, gears):
+    """Losses and gradients. PLPM's batch norm sees the whole batch, which sums over micro-batches would not give."""
+    batch, found = gears.train.batch(range(7)), []
+    for size in (0, 3):
+        model = make(plpm=reading, micro_batch=size).train()
+        rows = []
+        model.encoder.patch_embed.register_forward_hook(lambda *call, rows=rows: rows.append(len(call[1][0])))
+        torch.manual_seed(7)
+        losses = model.stage1_losses(batch)
+        found.append((losses, gradients(model, sum(losses.values()), ("encoder", "decoder"))))
+        if model.plpm:
+            found[-1][1].update({name: p.grad for name, p in model.plpm.named_parameters()})
+        assert rows == ([3, 3, 1, 1, 3, 3] if size else [7])
+    (losses, expected), (parts, got) = found
+    assert losses.keys() == parts.keys() and expected.keys() == got.keys()
+    for name in losses:
+        torch.testing.assert_close(parts[name], losses[name])
+    for name, gradient in expected.items():
+        if gradient is None:
+            assert got[name] is None
+        else:
+            torch.testing.assert_close(got[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+class Held(TorchDispatchMode):
+    """Counts the bytes that tensors hold, and the most that they ever held."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self.storages = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and (storage := tensor.untyped_storage())._cdata not in self.storages:
+                self.storages.add(storage._cdata)
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self.free, storage._cdata, storage.nbytes())
+        return result
+
+    def free(self, address, size):
+        self.storages.remove(address)
+        self.now -= size
+
+
+def test_stage_1_of_the_paper_fits_11_gib_in_micro_batches():
+    """128 images in half precision, forward and back. Nothing is computed, sizes are real. At once they take 17 GiB."""
+    with torch.device("meta"):
+        overrides = {"pretrained": False, "micro_batch": 16}
+        model = mala.Model(resolve(mala.Settings, mala.PRESETS, "paper", overrides)).train()
+    with FakeTensorMode(allow_non_fake_inputs=True), Held() as held:
+        model.to_empty(device="cpu")
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = sum(model.stage1_losses({"image": torch.rand(128, 3, 224, 224)}).values())
+        loss.backward()
+    moments = 2 * 4 * sum(p.numel() for p in model.phases()[0].parameters)  # of AdamW
+    assert 7 < (held.peak + moments) / 2**30 < 9.5  # what is left is for CUDA itself
+
+
 def test_plpm_learns_to_tell_and_the_autoencoder_to_fool_it(gears):
     """Each of the two objectives falls when only its own parameters move."""
     batch = gears.train.batch(range(12))
@@ -393,6 +460,23 @@ def test_of_each_category_exactly_64_of_80_images_are_damaged_others_in_every_ep
         assert Counter(images.categories[epoch].tolist()) == {f"toy/{c}": 8 for c in ("weave", "grain", "gear")}
     assert len({tuple(sorted(epoch)) for epoch in epochs}) == 3
     assert len(set(masks)) == len(masks)
+
+
+@pytest.mark.parametrize("mode", ["global", "both"])
+def test_damage_that_is_made_ahead_is_the_same(mode, gears, monkeypatch):
+    """As with a GPU: by threads, on the host, from the seeds that the losses would have drawn."""
+    found = []
+    for made_by in (samples.batches, samples._made_ahead):
+        monkeypatch.setattr(training, "batches", made_by)
+        model, seeds = make(mode=mode, batch_size=5), []
+        model.prepare(gears.train, CPU)
+        damaged = model.damaged
+        model.damaged = lambda *given, damaged=damaged, seeds=seeds: seeds.append(given[1:]) or damaged(*given)
+        history = train(model, gears.train, 0, CPU, amp=False)
+        found.append((state(model), [row | {"seconds": 0} for row in history], seeds))
+    (usual, history, drawn), (ahead, again, given) = found
+    assert equal(usual, ahead) and history == again
+    assert len(drawn) == len(given) == 6 and not any(drawn) and len(set(given)) == 6
 
 
 def test_local_damage_keeps_to_the_foreground_which_is_found_once(gears, monkeypatch):

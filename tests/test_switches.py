@@ -446,6 +446,17 @@ def test_the_learning_rate_of_stage_1_is_for_256_images():
     assert batch_size_and_rate(stage1_lr=0.5) == (16, 0.5 * 16 / 256)
 
 
+@covers("mala", "micro_batch")
+def test_mala_computes_its_first_stage_in_parts_of_the_given_size(gears):
+    def at_a_time(model):
+        rows = []
+        model.encoder.patch_embed.register_forward_hook(lambda *call: rows.append(len(call[1][0])))
+        model.stage1_losses(gears.train.batch(range(5)))
+        return rows
+
+    assert [at_a_time(model) for model in changed("mala", "micro_batch", 2)] == [[5], [2, 2, 1]]
+
+
 @covers("mala", "warm_up")
 def test_stage_1_warms_up_over_the_given_share_of_its_steps():
     usual, other = changed("mala", "warm_up", 0.5)

@@ -1,6 +1,8 @@
 """The training loop: what it feeds, when it stops, what it keeps, and that nothing is lost when it is broken off."""
 
 import math
+import time
+from threading import Event
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from vitad.errors import UserError
 from vitad.methods import anovit
 from vitad.methods.rivals import l2cae
 from vitad.settings import resolve
-from vitad.training import Phase, autocast, train
+from vitad.training import Phase, autocast, in_parts, train
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU"))]
 
@@ -255,6 +257,47 @@ def test_stops_without_progress_and_keeps_the_best_epoch(images, script, patienc
     assert model.age == best
 
 
+# --- a batch in parts -------------------------------------------------------------------------------------
+
+
+class Masked(nn.Module):
+    """Its loss is a mean over masked pixels, of which some images have more, once behind a batch norm."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 3, 1))
+        self.norm = nn.BatchNorm2d(3, track_running_stats=False)
+        self.rows = []
+
+    def computed(self, x):
+        self.rows.append(len(x))
+        return self.body(x)
+
+    def losses(self, x, mask, size):
+        y = in_parts(self.computed, size, x)
+        return y.square()[mask].mean() + self.norm(y).square()[mask].mean()
+
+
+@pytest.mark.parametrize("size", [1, 3, 4, 7, 9])
+def test_a_batch_in_parts_has_the_gradients_of_the_whole(size):
+    x = torch.randn(7, 3, 10, 10, generator=torch.Generator().manual_seed(1))
+    mask = torch.zeros(7, 3, 8, 8, dtype=torch.bool)
+    for k in range(7):
+        mask[k, :, :k] = True  # none in the first image
+    models = Masked(), Masked()
+    losses = [model.losses(x, mask, n) for model, n in zip(models, (0, size), strict=True)]
+    for loss in losses:
+        loss.backward()
+    torch.testing.assert_close(*losses)
+    for whole, parts in zip(*(model.parameters() for model in models), strict=True):
+        assert whole.grad.abs().sum() > 0
+        torch.testing.assert_close(parts.grad, whole.grad, rtol=1e-5, atol=1e-6)
+    forward = [min(size, 7 - k) for k in range(0, 7, size)]
+    assert models[0].rows == [7]
+    assert models[1].rows == forward + forward[::-1]  # once more in the backward pass, a part at a time
+
+
 # --- losses that are not finite ---------------------------------------------------------------------------
 
 
@@ -304,6 +347,8 @@ def save_always(monkeypatch):
     def always(self, *parts):
         self.last, self.took = -math.inf, 0
         if_due(self, *parts)
+        if self.writing:
+            self.writing.result()
 
     monkeypatch.setattr(training._Saver, "if_due", always)
 
@@ -388,6 +433,69 @@ def test_the_state_is_saved_now_and_then_and_whole(images, tmp_path, monkeypatch
     with pytest.raises(UserError, match="cannot write .*state.pt: No space left"):
         train(Net(epochs=9), images, 0, CPU, state_path=path)
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["state.pt"]
+
+
+def test_steps_go_on_while_a_state_is_written_and_one_is_written_at_a_time(images, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(training, "CHECK_STEPS", 1)
+    model, path, save, states, begun = Net(epochs=4), tmp_path / "state.pt", torch.save, [], []
+    losses, started, go_on = model.losses, Event(), Event()
+
+    def slow(saved, file):
+        states.append(saved)
+        started.set()
+        assert go_on.wait(60), "the steps wait for the file"
+        save(saved, file)
+
+    def watched(batch):
+        if model.calls == 1:
+            begun.append(state(model))  # as it was after the first step
+        if model.calls == 8:
+            assert started.wait(60) and len(states) == 1 and not path.exists()
+            go_on.set()
+        return losses(batch)
+
+    monkeypatch.setattr(torch, "save", slow)
+    model.losses = watched
+    train(model, images, 0, CPU, state_path=path)
+    assert model.calls == 12 and path.exists()
+    assert (states[0]["at"]["epoch"], states[0]["at"]["step"]) == (0, 1) and equal(states[0]["model"], begun[0])
+    assert all(3 * later["at"]["epoch"] + later["at"]["step"] > 8 for later in states[1:])
+
+
+def test_a_state_that_cannot_be_written_stops_the_training(images, tmp_path, monkeypatch):
+    """Not only at its end; and another error is not hidden by it."""
+    monkeypatch.setattr(training, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(training, "CHECK_STEPS", 1)
+    tried = Event()
+
+    def full(saved, file):
+        tried.set()
+        raise RuntimeError("unexpected pos 64 vs 0")  # torch's words for a full disk
+
+    monkeypatch.setattr(torch, "save", full)
+    model = Net(epochs=100)
+    losses = model.losses
+
+    def watched(batch):
+        if model.calls == 2:
+            assert tried.wait(60)
+            time.sleep(0.1)
+        return losses(batch)
+
+    model.losses = watched
+    with pytest.raises(UserError, match="cannot write .*torch could not save it, as on a full disk"):
+        train(model, images, 0, CPU, state_path=tmp_path / "state.pt")
+    assert model.calls < 10 and not list(tmp_path.iterdir())
+
+    def stop(batch):
+        if model.calls > 0:
+            raise KeyboardInterrupt
+        return losses(batch)
+
+    model.calls, model.losses = 0, stop
+    with pytest.raises(KeyboardInterrupt):
+        train(model, images, 0, CPU, state_path=tmp_path / "state.pt")
 
 
 # --- half precision ---------------------------------------------------------------------------------------

@@ -14,6 +14,11 @@ from typing import Any
 from vitad.errors import UserError
 from vitad.methods import METHODS
 
+_MODELS = (
+    "one, or several with commas, or 'each' for a model each; default: each of a published data set, that of the data "
+    "set elsewhere; mala: all in one model"
+)
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status.
@@ -54,6 +59,7 @@ def _show(args: argparse.Namespace) -> None:
     where = " ".join(str(record[k]) for k in ("dataset", "category", "split") if record[k])
     e, git, counts, times = record["environment"], record["git"], record["counts"], record["timings"]
     commit = f"{git['commit'][:10]}{' with changes' if git['changed'] else ''}" if git else "unknown"
+    machine = [e["device"], e["device_name"], f"{e['threads']} threads", e["precision"], *e.get("switches", [])]
     test = f"{counts['test_good']} good + {counts['test_defective']} defective"
     rows = [
         ("method", f"{record['method']}: {record['paper']}"),
@@ -64,7 +70,7 @@ def _show(args: argparse.Namespace) -> None:
         *((name, _number(value)) for name, value in record["metrics"].items()),
         *((category, _numbers(metrics)) for category, metrics in record.get("metrics_by_category", {}).items()),
         ("time", f"train {times['train_s']:.1f} s, score {times['test_images_per_s']:.1f} images/s"),
-        ("machine", f"{e['device']}, {e['device_name']}, {e['threads']} threads, {e['precision']}"),
+        ("machine", ", ".join(machine)),
         ("commit", commit),
         ("finished", record["finished"]),
         ("heatmaps", str(Path(args.out) / "heatmaps.png")),
@@ -134,6 +140,16 @@ def _table(args: argparse.Namespace) -> int:
     if failed:
         print(f"vitad: {len(failed)} of {len(missing)} runs failed: {', '.join(failed)}", file=sys.stderr)
     return int(bool(failed))
+
+
+def _plan(args: argparse.Namespace) -> None:
+    from vitad.papers.tables import models_of
+    from vitad.plan import as_text, plan
+    from vitad.runs import Request
+
+    options = _options(args, Request)
+    models = models_of(args.method, args.dataset, options.pop("category"))
+    print(as_text([plan(Request(**options, category=category)) for category in models]))
 
 
 def _claims(args: argparse.Namespace) -> int:
@@ -214,9 +230,18 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_runs(commands: Any) -> None:
-    """`list`, `run`, `show` and `compare`."""
+    """`list`, `plan`, `run`, `show` and `compare`."""
     overview = commands.add_parser("list", help="list methods with their presets, data sets and tables")
     overview.set_defaults(action=_list)
+
+    plan = commands.add_parser("plan", help="count what a run takes: memory, and time on named GPUs; computes nothing")
+    plan.add_argument("method", metavar="METHOD", help=", ".join(METHODS))
+    plan.add_argument("--dataset", default="mvtec", help=f"{_names()}; default mvtec. Two together: mvtec+visa")
+    plan.add_argument("--category", help=_MODELS)
+    plan.add_argument("--split", help=_splits())
+    plan.add_argument("--preset", default="paper", help="paper (default), small, demo, ...: see vitad list")
+    _set_option(plan)
+    plan.set_defaults(action=_plan)
 
     run = commands.add_parser("run", help="train and evaluate one method on one data set")
     run.add_argument("method", metavar="METHOD", help=", ".join(METHODS))
@@ -225,6 +250,11 @@ def _add_runs(commands: Any) -> None:
     run.add_argument("--preset", default="demo", help="smoke, demo (default), small, paper, ...: see vitad list")
     run.add_argument("--seed", default=0, help="a whole number from 0 (default 0)")
     run.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
+    run.add_argument("--tf32", action="store_true", help="float32 products on a GPU in TF32: faster, less precise")
+    run.add_argument("--compile", action="store_true", help="torch.compile for the blocks of transformers")
+    run.add_argument(
+        "--deterministic", action="store_true", help="only operations that repeat to the bit, on a GPU as well"
+    )
     _settings_options(run)
     run.add_argument("--out", required=True, metavar="DIR", help="folder of the run; the same call again resumes it")
     run.set_defaults(action=_run)
@@ -246,8 +276,7 @@ def _add_table(commands: Any) -> None:
     table.add_argument("--dataset", help=f"run it on this data instead of the paper's: {_names()}")
     table.add_argument(
         "--category",
-        help="one, or several with commas, or 'each' for a model each; default: each of a published data set, that of "
-        "the data set elsewhere; mala: all in one model",
+        help=_MODELS,
     )
     table.add_argument("--split", help=_splits())
     table.add_argument("--data-root", metavar="DIR", help="folder of the data set; of mvtec+visa, that with both")
@@ -313,7 +342,7 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     verify.set_defaults(action=_data_verify)
 
 
-def _settings_options(command: argparse.ArgumentParser) -> None:
+def _set_option(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--set",
         nargs="+",
@@ -322,6 +351,10 @@ def _settings_options(command: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE",
         help="settings that differ from the preset",
     )
+
+
+def _settings_options(command: argparse.ArgumentParser) -> None:
+    _set_option(command)
     command.add_argument(
         "--weights",
         default="auto",

@@ -30,9 +30,12 @@ def generator(seed: int, *purpose: str | int) -> torch.Generator:
     return torch.Generator().manual_seed(seed_of(seed, *purpose))
 
 
-def next_seed() -> int:
-    """A seed from torch's state: the same after the same `torch.manual_seed`, another one at the next call."""
-    return int(torch.randint(2**63 - 1, (), device="cpu"))
+def next_seed(random: torch.Generator | None = None) -> int:
+    """A seed from torch's state: the same after the same `torch.manual_seed`, another one at the next call.
+
+    From a generator: what torch's state would give after the same `manual_seed`.
+    """
+    return int(torch.randint(2**63 - 1, (), device="cpu", generator=random))
 
 
 @contextmanager

@@ -9,20 +9,23 @@ half minute. So phases do not disturb each other either: one that is left out ch
 import math
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import numpy as np
 import torch
 from numpy import ndarray
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
+from vitad.data.samples import batches
 from vitad.errors import UserError
 from vitad.files import atomic_write
-from vitad.randomness import seed_of
+from vitad.randomness import next_seed, seed_of
 
 if TYPE_CHECKING:
     from vitad.data.samples import ImageSet
@@ -32,6 +35,7 @@ SAVE_SECONDS = 30.0  # at least this long between two saves; and saving never ta
 CHECK_STEPS = 25  # the losses stay on the device for this many steps, so that no step waits for it
 
 Losses = Callable[[dict[str, Any]], dict[str, Tensor]]  # batch -> named scalars
+Damage = Callable[[dict[str, Any], int], dict[str, Tensor]]  # batch, seed -> damaged batch
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,7 @@ class Phase:
     losses: Losses | None = field(default=None, repr=False)  # of this phase; None: `model.losses`
     indices: ndarray | None = field(default=None, repr=False)  # of the training images that it uses; None: all
     draw: Callable[[np.random.Generator], ndarray] | None = field(default=None, repr=False)  # other indices each epoch
+    damage: Damage | None = field(default=None, repr=False)  # with a GPU: on the host, ahead of the losses, see `train`
 
 
 @dataclass
@@ -78,6 +83,26 @@ def warm_up_then_cosine(warm_up: float) -> Callable[[float], float]:
         return 0.5 + 0.5 * math.cos(math.pi * (done - warm_up) / (1 - warm_up))
 
     return factor
+
+
+def in_parts(function: Callable[..., Tensor], size: int, *tensors: Tensor) -> Tensor:
+    """`function(*tensors)`, computed for `size` rows at a time, so that less is held for the backward pass.
+
+    Only inputs and results of a part are kept; the rest is computed once more for its gradients (Chen et al. 2016,
+    arXiv 1604.06174). The losses see the whole batch. So they and their gradients stay the same, whatever they take a
+    mean over and whichever statistics of the batch they use; sums of the gradients of parts would not.
+
+    Parameters
+    ----------
+    function
+        Tensors (B,...) -> Tensor (B,...); treats each row by itself and draws nothing at random.
+    size
+        Rows of a part; 0 takes all at once.
+    """
+    if not size:
+        return function(*tensors)
+    parts = zip(*(tensor.split(size) for tensor in tensors), strict=True)
+    return torch.cat([checkpoint(function, *p, use_reentrant=False, preserve_rng_state=False) for p in parts])
 
 
 def autocast(device: torch.device, enabled: bool) -> torch.autocast:
@@ -117,6 +142,9 @@ def train(
 ) -> list[dict[str, Any]]:
     """Train a model on normal images through all its phases, resuming from `state_path` if it exists.
 
+    With a GPU, no step waits for it: batches, and what `damage` of a phase makes of them, are made ahead on the host,
+    as `damaged` of a batch. On the CPU the losses damage the images themselves, with the same outcome.
+
     Parameters
     ----------
     amp
@@ -140,94 +168,126 @@ def train(
     if state_path and state_path.exists():
         saved = torch.load(state_path, map_location="cpu", weights_only=True)
     progress = Progress(**saved["at"]) if saved else Progress()
-    save = _Saver(state_path, progress)
-    phases = model.phases()
-    for number in range(progress.phase, len(phases)):
-        phase = phases[number]
-        optimizer = _optimizer(phase)
-        if saved:
-            _restore(saved, progress, model, optimizer, device)
-            saved = None
-        losses_of = phase.losses or model.losses
-        held_out, fit = _hold_out(phase, len(images), seed)
-        steps = math.ceil(len(fit) / phase.batch_size)  # of an epoch
-        total, done = phase.epochs * steps, progress.epoch * steps + progress.step
-        with tqdm(desc=phase.name, total=total, initial=done, unit="step") as bar:
-            while progress.epoch < phase.epochs and not _out_of_patience(phase, progress):
-                model.train()
-                epoch = (phase.name, progress.epoch)
-                shown = phase.draw(_random(seed, "images", *epoch)) if phase.draw else fit
-                order = _random(seed, "order", *epoch).permutation(shown)
-                while progress.step < steps:
-                    torch.manual_seed(seed_of(seed, "step", *epoch, progress.step))  # of all that the losses draw
-                    first = progress.step * phase.batch_size
-                    batch = images.batch(order[first : first + phase.batch_size], device)
-                    with autocast(device, amp):
-                        losses = losses_of(batch)
-                    optimizer.zero_grad(set_to_none=True)
-                    _sum(losses).backward()
-                    if phase.clip:
-                        nn.utils.clip_grad_norm_(phase.parameters, phase.clip)
-                    if phase.schedule:  # a function of the step alone, so that a resumed run has the same rate
-                        share = (progress.epoch * steps + progress.step + 1) / total
-                        for group in optimizer.param_groups:
-                            group["lr"] = phase.lr * phase.schedule(share)
-                    optimizer.step()
-                    progress.losses.append(torch.stack([x.detach().float() for x in losses.values()]))
-                    progress.step += 1
-                    bar.update()
-                    if progress.step % CHECK_STEPS == 0 and progress.step < steps:
-                        _check_finite(progress, phase, model)
-                        save.if_due(model, optimizer)
-                _check_finite(progress, phase, model)
-                means = torch.stack(progress.losses).mean(0).tolist()
-                values = dict(zip(losses, means, strict=True))
-                if len(held_out):
-                    torch.manual_seed(seed_of(seed, "validation", phase.name))  # in every epoch the same
-                    values["val"] = val = _validate(model, losses_of, images, held_out, phase, device, amp)
-                    if not math.isfinite(val):
-                        raise _diverged("validation loss", progress, phase, model)
-                    if progress.best is None or val < progress.best["val"]:
-                        weights = {k: v.detach().to("cpu", copy=True) for k, v in model.state_dict().items()}
-                        progress.best = {"val": val, "epoch": progress.epoch, "weights": weights}
-                seconds = round(save.seconds(), 3)
-                row = {"phase": phase.name, "epoch": progress.epoch + 1, **values, "seconds": seconds}
-                bar.set_postfix(epoch=row["epoch"], **{name: f"{value:.4f}" for name, value in values.items()})
-                progress.history.append(row)
-                progress.epoch, progress.step, progress.losses = progress.epoch + 1, 0, []
-                save.if_due(model, optimizer)
-        if progress.best:
-            model.load_state_dict(progress.best["weights"])
-        if keep and number + 1 < len(phases):
-            keep(phase.name, model.state_dict())
-        progress.phase, progress.epoch, progress.best = number + 1, 0, None
+    with _Saver(state_path, progress) as save:
+        phases = model.phases()
+        for number in range(progress.phase, len(phases)):
+            phase = phases[number]
+            optimizer = _optimizer(phase)
+            if saved:
+                _restore(saved, progress, model, optimizer, device)
+                saved = None
+            losses_of = phase.losses or model.losses
+            held_out, fit = _hold_out(phase, len(images), seed)
+            steps = math.ceil(len(fit) / phase.batch_size)  # of an epoch
+            total, done = phase.epochs * steps, progress.epoch * steps + progress.step
+            with tqdm(desc=phase.name, total=total, initial=done, unit="step") as bar:
+                while progress.epoch < phase.epochs and not _out_of_patience(phase, progress):
+                    model.train()
+                    epoch = (phase.name, progress.epoch)
+                    shown = phase.draw(_random(seed, "images", *epoch)) if phase.draw else fit
+                    order = _random(seed, "order", *epoch).permutation(shown)
+                    B, left = phase.batch_size, range(progress.step, steps)
+                    seeds = [seed_of(seed, "step", *epoch, n) for n in left]  # of all that the losses draw
+                    parts = [order[n * B : n * B + B] for n in left]
+                    for step_seed, batch in zip(
+                        seeds, batches(images, parts, device, _ahead(phase, seeds)), strict=True
+                    ):
+                        torch.manual_seed(step_seed)
+                        optimizer.zero_grad(set_to_none=True)  # before the forward pass, which needs their memory
+                        with autocast(device, amp):
+                            losses = losses_of(batch)
+                        _sum(losses).backward()
+                        if phase.clip:
+                            nn.utils.clip_grad_norm_(phase.parameters, phase.clip)
+                        if phase.schedule:  # a function of the step alone, so that a resumed run has the same rate
+                            share = (progress.epoch * steps + progress.step + 1) / total
+                            for group in optimizer.param_groups:
+                                group["lr"] = phase.lr * phase.schedule(share)
+                        optimizer.step()
+                        progress.losses.append(torch.stack([x.detach().float() for x in losses.values()]))
+                        progress.step += 1
+                        bar.update()
+                        if progress.step % CHECK_STEPS == 0 and progress.step < steps:
+                            _check_finite(progress, phase, model)
+                            save.if_due(model, optimizer)
+                    _check_finite(progress, phase, model)
+                    means = torch.stack(progress.losses).mean(0).tolist()
+                    values = dict(zip(losses, means, strict=True))
+                    if len(held_out):
+                        torch.manual_seed(seed_of(seed, "validation", phase.name))  # in every epoch the same
+                        values["val"] = val = _validate(model, losses_of, images, held_out, phase, device, amp)
+                        if not math.isfinite(val):
+                            raise _diverged("validation loss", progress, phase, model)
+                        if progress.best is None or val < progress.best["val"]:
+                            weights = _on_host(model.state_dict())
+                            progress.best = {"val": val, "epoch": progress.epoch, "weights": weights}
+                    seconds = round(save.seconds(), 3)
+                    row = {"phase": phase.name, "epoch": progress.epoch + 1, **values, "seconds": seconds}
+                    bar.set_postfix(epoch=row["epoch"], **{name: f"{value:.4f}" for name, value in values.items()})
+                    progress.history.append(row)
+                    progress.epoch, progress.step, progress.losses = progress.epoch + 1, 0, []
+                    save.if_due(model, optimizer)
+            if progress.best:
+                model.load_state_dict(progress.best["weights"])
+            if keep and number + 1 < len(phases):
+                keep(phase.name, model.state_dict())
+            progress.phase, progress.epoch, progress.best = number + 1, 0, None
     return progress.history
 
 
 class _Saver:
-    """Writes the state of a training now and then, and counts its seconds in all sessions."""
+    """Writes the state of a training now and then, and counts its seconds in all sessions.
+
+    Steps wait for the state to be copied to the host, not for the file: a thread writes it, one file at a time. What
+    went wrong there is raised here, at the next occasion, and at the latest when the training ends.
+    """
 
     def __init__(self, path: Path | None, progress: Progress):
         self.path, self.progress = path, progress
         self.began = time.monotonic() - progress.seconds
         self.last, self.took = time.monotonic(), 0.0
+        self.thread = ThreadPoolExecutor(1, "save")
+        self.writing: Future[None] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        self.thread.shutdown()  # waits for the file
+        if self.writing and not error:
+            self.writing.result()
 
     def seconds(self) -> float:
         return time.monotonic() - self.began
 
     def if_due(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        if not self.path or time.monotonic() - self.last < max(SAVE_SECONDS, 20 * self.took):
+        if self.writing and self.writing.done():
+            self.writing.result()
+            self.writing = None
+        if self.writing or not self.path or time.monotonic() - self.last < max(SAVE_SECONDS, 20 * self.took):
             return
         began = time.monotonic()
         self.progress.seconds = self.seconds()
         state = {"at": vars(self.progress), "model": model.state_dict(), "optimizer": optimizer.state_dict()}
-        with atomic_write(self.path) as temporary:
+        self.writing = self.thread.submit(self._write, self.path, _on_host(state), began)
+
+    def _write(self, path: Path, state: dict[str, Any], began: float) -> None:
+        with atomic_write(path) as temporary:
             try:
                 torch.save(state, temporary)
             except RuntimeError as e:  # in place of an OSError when the disk is full
                 raise OSError(f"torch could not save it, as on a full disk ({e})") from e
         self.last = time.monotonic()
         self.took = self.last - began
+
+
+def _on_host(state: Any) -> Any:
+    """A copy of nested dicts and lists, their tensors on the host, that further steps do not change."""
+    if isinstance(state, Tensor):
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, dict):
+        return {name: _on_host(value) for name, value in state.items()}
+    return [_on_host(value) for value in state] if isinstance(state, list) else state
 
 
 def _optimizer(phase: Phase) -> torch.optim.Optimizer:
@@ -255,6 +315,18 @@ def _restore(
 
 def _random(seed: int, *purpose: str | int) -> np.random.Generator:
     return np.random.default_rng(seed_of(seed, *purpose))
+
+
+def _ahead(phase: Phase, seeds: list[int]) -> Callable[[int, dict[str, Any]], dict[str, Tensor]] | None:
+    """The damage of a phase in steps of these seeds, drawn from the number that the losses would draw first."""
+    damage = phase.damage
+    if not damage:
+        return None
+
+    def make(number: int, batch: dict[str, Any]) -> dict[str, Tensor]:
+        return damage(batch, next_seed(torch.Generator().manual_seed(seeds[number])))
+
+    return make
 
 
 def _hold_out(phase: Phase, n_images: int, seed: int) -> tuple[ndarray, ndarray]:
@@ -302,8 +374,8 @@ def _validate(
     """Mean total loss over the held-out images."""
     model.eval()
     total = torch.zeros((), device=device)
-    for i in range(0, len(held_out), phase.batch_size):
-        batch = images.batch(held_out[i : i + phase.batch_size], device)
+    B = phase.batch_size
+    for batch in batches(images, [held_out[i : i + B] for i in range(0, len(held_out), B)], device):
         with autocast(device, amp):
             total = total + _sum(losses_of(batch)).float() * len(batch["image"])
     return float(total) / len(held_out)

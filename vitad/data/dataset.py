@@ -143,6 +143,15 @@ class Dataset:
         train = sum(counts["train", "good"] for counts in published)
         return train, sum(n for counts in published for (part, _), n in counts.items() if part == "test")
 
+    def counts_by_category(
+        self, category: str | None = None, split: str | None = None
+    ) -> dict[str, tuple[int, int]] | None:
+        """`counts` of each category, by the name that its images have in an `ImageSet`; None where one is not known."""
+        category, split = self.resolve(category, split)
+        counts = {self._label(one): self.counts(one, split) for one in self.members(category)}
+        known = {label: pair for label, pair in counts.items() if pair}
+        return known if len(known) == len(counts) else None
+
     def find(self, root: str | Path | None = None, category: str | None = None, split: str | None = None) -> Found:
         """The files that a run needs, without decoding images; see `vitad.data.find`."""
         category, split = self.resolve(category, split)
@@ -157,10 +166,13 @@ class Dataset:
         train: list[Record] = []
         test: list[Record] = []
         for one in self.members(category, root):
-            label = f"{self.name}/{one}" if one else self.name
+            label = self._label(one)
             for records, more in zip((train, test), self.records(root, one, split), strict=True):
                 records += [replace(r, category=label, texture=one in self.textures) for r in more]
         return train, test
+
+    def _label(self, category: str | None) -> str:
+        return f"{self.name}/{category}" if category else self.name
 
     def where_to_get(self, root: str | Path | None = None) -> str | None:
         """Where to get the data set, as text; None where its folder exists."""
@@ -265,6 +277,15 @@ class JoinedDataset(Dataset):
         if len(known) < len(counts):
             return None
         return sum(train for train, _ in known), sum(test for _, test in known)
+
+    def counts_by_category(
+        self, category: str | None = None, split: str | None = None
+    ) -> dict[str, tuple[int, int]] | None:
+        """Those of all parts, one part after the other; None where one is not known."""
+        _, split = self.resolve(category, split)
+        counts = [part.counts_by_category(ALL, split if part.splits else None) for part in self.parts]
+        known = [labelled for labelled in counts if labelled]
+        return {k: v for labelled in known for k, v in labelled.items()} if len(known) == len(counts) else None
 
     def select(self, root: Path, category: str | None, split: str | None) -> Records:
         """The records of all parts, one part after the other."""

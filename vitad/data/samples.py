@@ -1,15 +1,19 @@
 """How image files become tensors.
 
 An `ImageSet` decodes its records once, keeps them as uint8 and hands out batches. The preparation is the same for every
-method: RGB, both sides resized (bilinear, anti-aliased), no crop; masks by nearest neighbour, then `> threshold`.
+method: RGB, both sides resized (bilinear, anti-aliased), no crop; masks by nearest neighbour, then `> threshold`. On a
+GPU the set lives in its memory where it fits, and batches are indexed there.
 """
 
 import hashlib
 import os
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,8 +26,13 @@ from tqdm import tqdm
 from vitad.data.records import UNREADABLE, Record, one_channel
 from vitad.errors import UserError
 from vitad.files import cache_dir
+from vitad.transfer import free_bytes, to_device
 
 MEMORY_LIMIT = 4 * 2**30  # bytes of decoded images a set may hold in memory; beyond, a cache file on disk
+DEVICE_SHARE = 0.25  # of the free memory of a GPU that a set may take there; beyond, batches come from the host
+AHEAD = 4  # batches that are made while a GPU computes, by as many threads
+Damage = Callable[[int, dict[str, Tensor]], dict[str, Tensor]]  # number of a part, its samples -> damaged samples
+_ONE_COPY = Lock()  # of a set on a device, whichever thread asks first
 
 
 @dataclass(frozen=True)
@@ -79,6 +88,7 @@ class ImageSet(torch.utils.data.Dataset):
     ):
         self.root, self.size = Path(root), check_image_size(image_size)
         self.mask_threshold, self.limit = mask_threshold, limit
+        self._copies: dict[torch.device, tuple[Tensor, ...] | None] = {}  # see `_on`
         decoded = self._decode(records, skip_bad)
         self.records = [r for r, ok in zip(records, decoded, strict=True) if ok]
         self.skipped = [self._relative(r) for r, ok in zip(records, decoded, strict=True) if not ok]
@@ -112,15 +122,34 @@ class ImageSet(torch.utils.data.Dataset):
             `image (B,3,H,W) float32`, `mask (B,1,H,W) bool`, `label (B,)`. On the CPU stay `index (B,)`, the indices
             themselves, for methods that keep something for each image, and `texture (B,) bool`, see `textures`.
         """
-        chosen = np.asarray(indices)
-        image = torch.from_numpy(self._images[chosen]).to(device, non_blocking=True)
+        chosen, device = np.asarray(indices), torch.device(device)
+        if copies := self._on(device):
+            places = to_device(torch.from_numpy(chosen), device)
+            image, mask, label = (copy[places] for copy in copies)
+        else:
+            image, mask, label = (to_device(torch.from_numpy(array[chosen]), device) for array in self._arrays())
         return {
             "image": image.float().div_(255).expand(-1, 3, -1, -1),
-            "mask": torch.from_numpy(self._masks[chosen]).to(device, non_blocking=True)[:, None],
-            "label": torch.from_numpy(self.labels[chosen]).to(device, non_blocking=True),
+            "mask": mask[:, None],
+            "label": label,
             "index": torch.from_numpy(chosen),
             "texture": torch.from_numpy(self.textures[chosen]),
         }
+
+    def _arrays(self) -> tuple[ndarray, ndarray, ndarray]:
+        return self._images, self._masks, self.labels
+
+    def _on(self, device: torch.device) -> tuple[Tensor, ...] | None:
+        """Images, masks and labels on a device, copied there by the first call; None on the CPU, or if they do not fit.
+
+        A copy stays for as long as the set does.
+        """
+        with _ONE_COPY:
+            if device not in self._copies:
+                size = sum(array.nbytes for array in self._arrays())
+                fits = device.type != "cpu" and size <= DEVICE_SHARE * free_bytes(device)
+                self._copies[device] = tuple(_copy(array, device) for array in self._arrays()) if fits else None
+            return self._copies[device]
 
     @property
     def masks(self) -> ndarray:
@@ -203,6 +232,53 @@ class ImageSet(torch.utils.data.Dataset):
         stats = [(str(r.path), r.path.stat().st_size, r.path.stat().st_mtime_ns) for r in records]
         key = hashlib.sha256(repr((stats, shape)).encode()).hexdigest()[:24]
         return cache_dir() / "images" / f"{key}.npy"
+
+
+def batches(
+    images: ImageSet, parts: Iterable[Sequence[int] | ndarray], device: torch.device, damage: Damage | None = None
+) -> Iterator[dict[str, Any]]:
+    """The samples of these lists of indices in turn, as `ImageSet.batch` gives them.
+
+    On the CPU each is made when it is asked for. On another device threads make the next `AHEAD` on the host, so that
+    the device does not wait for them.
+
+    Parameters
+    ----------
+    damage
+        Function of the number of a part and its samples on the host. It is not called on the CPU. Elsewhere the threads
+        call it, and what it returns is on the device as `damaged` of the batch.
+    """
+    if device.type == "cpu":
+        return (images.batch(part, device) for part in parts)
+    return _made_ahead(images, parts, device, damage)
+
+
+def _made_ahead(
+    images: ImageSet, parts: Iterable[Sequence[int] | ndarray], device: torch.device, damage: Damage | None = None
+) -> Iterator[dict[str, Any]]:
+    def make(number: int, part: Sequence[int] | ndarray) -> dict[str, Any]:
+        batch: dict[str, Any] = images.batch(part, device)
+        if damage:
+            made = damage(number, images.batch(part))
+            batch["damaged"] = {name: to_device(tensor, device) for name, tensor in made.items()}
+        return batch
+
+    with ThreadPoolExecutor(AHEAD) as threads:
+        coming: deque[Future[dict[str, Any]]] = deque()
+        for number, part in enumerate(parts):
+            coming.append(threads.submit(make, number, part))
+            if len(coming) > AHEAD:
+                yield coming.popleft().result()
+        while coming:
+            yield coming.popleft().result()
+
+
+def _copy(array: ndarray, device: torch.device) -> Tensor:
+    """The array on a device, copied in blocks: one that lies on a disk is never in memory as a whole."""
+    copy = torch.empty(array.shape, dtype=torch.from_numpy(array[:0].copy()).dtype, device=device)
+    for i in range(0, len(array), 256):
+        copy[i : i + 256] = torch.from_numpy(np.array(array[i : i + 256]))
+    return copy
 
 
 def _new_file(path: Path, shape: tuple[int, ...]) -> np.memmap:

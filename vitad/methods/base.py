@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
+from numpy import ndarray
 from torch import Tensor, nn
 
 from vitad.data.samples import ImageSet
@@ -39,6 +40,12 @@ class Method(nn.Module, ABC):
         """What is trained and how, in order; a phase may have losses of its own."""
         return []
 
+    def size_up(self, categories: ndarray) -> None:
+        """Decide what the categories (n,) of the training images decide: which images a phase uses, how long it lasts.
+
+        `prepare` begins with it; it needs no image, so that the length of a training is known beforehand.
+        """
+
     def prepare(self, images: ImageSet, device: torch.device) -> None:
         """Look at the training images once before training."""
 
@@ -47,4 +54,7 @@ class Method(nn.Module, ABC):
         return {}
 
     def fill_for_timing(self) -> None:
-        """Put random stand-ins of the usual size where `prepare` would put what it finds; for timing only."""
+        """Put random stand-ins where `prepare` would put what it finds, for timing and counting only.
+
+        What every image is compared with has its usual size. What is kept for each training image is there for one.
+        """

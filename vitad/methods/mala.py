@@ -32,7 +32,8 @@ from vitad.errors import UserError
 from vitad.files import read_safetensors, sha256
 from vitad.methods.base import Method
 from vitad.randomness import next_seed, seed_of, seeded
-from vitad.training import Phase, warm_up_then_cosine
+from vitad.training import Phase, in_parts, warm_up_then_cosine
+from vitad.transfer import to_device
 
 PAPER = "Chen et al. 2023, MALA, IEEE Access 11"
 CATEGORY = "all"  # one model for all categories is the paper's point
@@ -57,6 +58,7 @@ class Settings:
     resample_each_epoch: bool = False  # ours: sec. IV-C's "in each epoch" may mean other images each time
     stage1_epochs: int = 2000  # sec. IV-C
     stage1_batch_size: int = 128  # sec. IV-C
+    micro_batch: int = 0  # ours: images of stage 1 whose activations are held at once, less than 11 GiB with 16; 0: all
     stage1_lr: float = 1e-3  # sec. IV-C: for 256 images, scaled with the size of the batch
     warm_up: float = 0.02  # ours: share of the steps; MAE's 40 epochs, then its cosine
     mask_ratio: float = 0.75  # sec. III-A
@@ -214,7 +216,7 @@ class Model(Method):
         if source not in ("auto", "random"):
             self.weights = load_mae(self, source)
         self.synthesis = Synthesis(("perlin",), s.damage, s.mode, s.textures, keep_grey=s.keep_grey)
-        # From prepare():
+        # From size_up() and prepare():
         self.chosen: dict[int, Any] = {1: None, 2: None}  # indices of the images of each stage; None: all
         self.drawn_anew: Callable[[np.random.Generator], ndarray] | None = None  # draws those of an epoch of stage 1
         self.foreground: Tensor | None = None  # (n,1,S,S), of the images of stage 2
@@ -255,7 +257,7 @@ class Model(Method):
         N = self.encoder.patch_embed.num_patches
         n = n_visible(N, self.settings.mask_ratio)
         shuffled = torch.rand(B, N).argsort(1)  # each row a permutation of the N patches
-        return shuffled[:, :n].to(device)
+        return to_device(shuffled[:, :n], torch.device(device))
 
     def reconstruct(self, images: Tensor, visible: Tensor | None = None) -> Tensor:
         """X (B,3,S,S) in [0,1] -> X_bar (B,3,S,S), rebuilt from the visible patches or from all."""
@@ -269,7 +271,7 @@ class Model(Method):
         """Eq. 3, its misprints corrected. Each loss is weighted and reaches only the parameters that it is for."""
         X = batch["image"]
         visible = self.random_visible(len(X), X.device)
-        X_bar = self.reconstruct(X, visible)
+        X_bar = in_parts(self.reconstruct, self.settings.micro_batch, X, visible)
         a1, a2, a3 = self.settings.alpha
         losses = {"l1": a1 * (X - X_bar).abs().mean(), "ssim": a2 * (1 - ssim_map(X, X_bar, 1.0)).mean()}
         if self.settings.plpm == "joint":  # all parts minimise it
@@ -304,7 +306,7 @@ class Model(Method):
     def stage2_losses(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Eq. 6."""
         self.encoder.eval()
-        damaged = self.damaged(batch)
+        damaged = batch["damaged"] if "damaged" in batch else self.damaged(batch)
         Y = damaged["mask"][:, 0]
         logits = self.predict(damaged["image"])
         Y_hat = logits.softmax(1)
@@ -312,15 +314,18 @@ class Model(Method):
         l1 = (Y.float() - Y_hat[:, 0]).abs().mean()
         return {"l1": b1 * l1, "focal": b2 * focal(logits, Y, self.settings.gamma)}
 
-    def damaged(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """The images of a batch, of which some are damaged, and their masks, as `Synthesis` gives them."""
+    def damaged(self, batch: dict[str, Any], seed: int | None = None) -> dict[str, Tensor]:
+        """The images of a batch, of which some are damaged, and their masks, as `Synthesis` gives them.
+
+        Without a seed they are others at every call.
+        """
         images, foreground, which = batch["image"], None, None
         if self.training and self.foreground is not None:
             row = np.searchsorted(self.chosen[2], batch["index"].numpy())
-            foreground = self.foreground[row].to(images.device, non_blocking=True)
+            foreground = to_device(self.foreground[row], images.device)
         if self.training and self.to_damage is not None:
             which = np.isin(batch["index"].numpy(), self.to_damage)
-        return self.synthesis(images, next_seed(), 0, foreground, which)  # other damage at every call
+        return self.synthesis(images, next_seed() if seed is None else seed, 0, foreground, which)
 
     def stage2_epoch(self, random: np.random.Generator) -> ndarray:
         """The images of stage 2. Of each category the share `damage` is drawn that gets damage in this epoch."""
@@ -335,16 +340,21 @@ class Model(Method):
 
     # --- training ---
 
-    @torch.no_grad()
-    def prepare(self, images: ImageSet, device: torch.device) -> None:
-        """Draw the images of both stages, as many of each category; find the foreground of those to be damaged."""
+    def size_up(self, categories: ndarray) -> None:
+        """Draw the images of both stages, as many of each category."""
         s = self.settings
         for stage, most in {1: s.stage1_images, 2: s.stage2_images}.items():
             random = np.random.default_rng(seed_of(self.seed, "images", stage))
-            self.chosen[stage] = draw(images.categories, most, random)
-        self.categories = images.categories
+            self.chosen[stage] = draw(categories, most, random)
+        self.categories = categories
         if s.resample_each_epoch:
-            self.drawn_anew = lambda random: draw(images.categories, s.stage1_images, random)
+            self.drawn_anew = lambda random: draw(categories, s.stage1_images, random)
+
+    @torch.no_grad()
+    def prepare(self, images: ImageSet, device: torch.device) -> None:
+        """Draw the images, and find the foreground of those to be damaged."""
+        s = self.settings
+        self.size_up(images.categories)
         if s.pipeline == "e2e" and s.mode != "global":
             self.foreground = foregrounds(images, self.chosen[2], s.foreground)
         if s.pipeline == "e2e":
@@ -386,6 +396,7 @@ class Model(Method):
             losses=self.stage2_losses,
             indices=self.chosen[2],
             draw=self.stage2_epoch if self.chosen[2] is not None else None,
+            damage=self.damaged,
             **adamw,
         )
         return [stage1, stage2] if s.stage1 else [stage2]

@@ -38,6 +38,7 @@ from vitad.errors import UserError
 from vitad.methods.base import Method
 from vitad.randomness import generator, next_seed, seed_of, seeded
 from vitad.training import Phase, autocast, warm_up_then_cosine
+from vitad.transfer import to_device
 
 PAPER = "in the manner of Kim & Kwon 2024, IEEE Access 12, 127604-127613"
 CATEGORY = None
@@ -243,9 +244,19 @@ class Model(Method):
             )
 
     def fill_for_timing(self) -> None:
-        """Fill the bank with random tokens."""
-        if self.settings.remember:
-            self.bank = torch.randn(self.settings.bank_size, self.bank.shape[1], device=self.bank.device)
+        """Fill the bank with random tokens, and the caches with a pair of images."""
+        s, N, D = self.settings, self.tokenizer.patch_embed.num_patches, len(self.mean)
+        if s.remember:
+            self.bank = torch.randn(s.bank_size, D, device=self.bank.device)
+        with torch.device("cpu"):  # as the caches are
+            self.items, self.owners = torch.zeros(1, dtype=torch.long), torch.full((len(self.bank),), -1)
+            self.clean = torch.randn(1, N, D, dtype=torch.half)
+            self.pool = {
+                "tokens": torch.randn(s.pool, 1, N, D, dtype=torch.half),
+                "mask": torch.zeros(s.pool, 1, s.image_size, s.image_size, dtype=torch.bool),
+            }
+            if s.remember and s.pool:
+                self.nearest = torch.zeros(1 + s.pool, 1, N, dtype=torch.int32)
 
     def _load_from_state_dict(self, state: dict[str, Tensor], prefix: str, *rest: Any) -> None:
         if (bank := state.get(prefix + "bank")) is not None:
@@ -253,6 +264,10 @@ class Model(Method):
         super()._load_from_state_dict(state, prefix, *rest)
 
     # --- training pairs ---
+
+    def size_up(self, categories: ndarray) -> None:
+        """More epochs where there are few images."""
+        self.epochs = max(self.settings.epochs, math.ceil(self.settings.min_steps / self._steps(len(categories))))
 
     @torch.no_grad()
     def prepare(self, images: ImageSet, device: torch.device) -> None:
@@ -262,7 +277,7 @@ class Model(Method):
         """
         s = self.settings
         N, D = self.tokenizer.patch_embed.num_patches, len(self.mean)
-        self.epochs = max(s.epochs, math.ceil(s.min_steps / self._steps(images)))
+        self.size_up(images.categories)
         pool = s.pool if s.damage else 0  # without damage nothing reads the damaged versions
         per_image = 2 * N * D + pool * (2 * N * D + s.image_size**2) + 4 * (1 + pool) * N  # bytes
         if pool and len(images) * per_image > CACHE_BYTES:
@@ -300,9 +315,9 @@ class Model(Method):
         if s.damage:
             self.protocol["textures"] = textures_used(s.textures, images.size)
 
-    def _steps(self, images: ImageSet) -> int:
+    def _steps(self, n_images: int) -> int:
         """Steps of an epoch."""
-        return math.ceil(len(images) / self.settings.batch_size)
+        return math.ceil(n_images / self.settings.batch_size)
 
     def _measure(self, tokens: Tensor) -> None:
         """Mean and standard deviation of each channel of (n,N,D), in single precision a few images at a time."""
@@ -324,7 +339,9 @@ class Model(Method):
         index: Any = batch["index"] if self.training else None
         cached = index is not None and self.clean is not None and int(index.max()) < len(self.clean)
         # The caches hold only training images, and not always all of them.
-        raw = self.clean[index].to(x.device).float() if cached and self.clean is not None else self._raw_tokens(x)
+        raw = (
+            to_device(self.clean[index], x.device).float() if cached and self.clean is not None else self._raw_tokens(x)
+        )
         t = self._standard(raw)
         M = torch.zeros_like(x[:, 0], dtype=torch.bool)
         draws = torch.rand(len(x), generator=generator(seed, "damaged"))
@@ -332,8 +349,9 @@ class Model(Method):
         row = torch.zeros(len(x), dtype=torch.long)  # 0: clean, else one more than the version
         if cached and s.pool:
             version = torch.randint(s.pool, (len(x),), generator=generator(seed, "version"))[chosen]
-            raw[chosen] = self.pool["tokens"][version, index[chosen]].to(x.device).float()
-            M[chosen] = self.pool["mask"][version, index[chosen]].to(x.device)
+            places = to_device(chosen, x.device)
+            raw[places] = to_device(self.pool["tokens"][version, index[chosen]], x.device).float()
+            M[places] = to_device(self.pool["mask"][version, index[chosen]], x.device)
             row[chosen] = version + 1
         elif len(chosen):
             foreground = self._foreground(x[chosen], batch["texture"][chosen].numpy())
@@ -343,7 +361,7 @@ class Model(Method):
         t_m = None
         if s.remember:
             if cached and s.pool and self.nearest is not None:
-                nearest = self.nearest[row, index].to(x.device).long()
+                nearest = to_device(self.nearest[row, index], x.device).long()
             else:
                 nearest = self.look_up(raw, None if index is None else self.items[index])
             t_m = self._standard(self.bank[nearest])
@@ -365,7 +383,7 @@ class Model(Method):
             random = generator(next_seed(), "masked")
             share = torch.rand(len(t), 1, generator=random) * s.mask_max  # of the tokens, for each image
             masked = torch.rand(t.shape[:2], generator=random) < share  # (B,N)
-            t_hat = self.reconstruction(t_a, masked.to(t.device))
+            t_hat = self.reconstruction(t_a, to_device(masked, t.device))
             losses["cosine"] = (1 - F.cosine_similarity(t_hat, t, dim=-1)).mean()
             losses["smooth_l1"] = 0.5 * F.smooth_l1_loss(t_hat, t)
         if self.segmentation:
@@ -494,7 +512,7 @@ class Model(Method):
 
         with autocast(x.device, s.amp):
             return {
-                "train_steps": self.epochs * self._steps(images),
+                "train_steps": self.epochs * self._steps(len(images)),
                 "cache_mib": round(sum(c.numel() * c.element_size() for c in cached) / 2**20, 1),
                 "images_per_s": per_second(lambda: self.anomaly_map(x)),
                 "images_per_s_from_tokens": per_second(lambda: self._predict(tokens, x.shape[-2:])["map"]),

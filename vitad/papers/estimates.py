@@ -1,4 +1,4 @@
-"""How long a run will take, by the records of such runs."""
+"""How long a run will take, by the records of such runs, or by counted operations where there are none."""
 
 from __future__ import annotations
 
@@ -60,11 +60,14 @@ def overview(requests: list[Request], records: Mapping[str, Record]) -> tuple[pd
     Returns
     -------
     (DataFrame `runs, seeds there, missing, time each`, seconds of all that is missing or None, basis as text)
+
+    The basis also says how long those take on two cards of which such runs have no record, see `by_operations`.
     """
     groups: dict[str, list[Request]] = {}
     for request in requests:
         groups.setdefault("".join(request.name.rpartition(f"-s{request.seed}")[::2]), []).append(request)
     lines, bases = [], []
+    unrecorded: list[Request] = []
     left: float | None = 0.0
     for stem, group in groups.items():
         seconds, basis = estimate(group[0], records.values())
@@ -80,7 +83,30 @@ def overview(requests: list[Request], records: Mapping[str, Record]) -> tuple[pd
         if missing:
             left = None if left is None or seconds is None else left + seconds * len(missing)
             bases.append(basis)
+            unrecorded += missing if seconds is None else []
+    if counted := by_operations(unrecorded):
+        bases = [counted, *bases]
     return pd.DataFrame(lines), left, "\n  ".join(dict.fromkeys(bases))
+
+
+def by_operations(requests: Iterable[Request]) -> str:
+    """Time of all these runs on two cards, by counted operations; "" where the images of none are counted.
+
+    Examples
+    --------
+    >>> from vitad.papers.estimates import by_operations
+    >>> by_operations([Request("l2cae", "mvtec", "bottle", preset="paper")])
+    'about 0.2 s on one H100 SXM, 1.2 s on one RTX 4090, by counted operations: vitad plan l2cae --preset paper'
+    """
+    from vitad.plan import QUOTED, plan  # here, since that module takes `duration` from this one
+
+    counted = [r for r in requests if data.get(r.dataset).counts_by_category(r.category, r.split)]
+    if not counted:
+        return ""
+    plans = [plan(request) for request in counted]
+    times = [f"{duration(sum(p.seconds(card) for p in plans))} on one {card.name}" for card in QUOTED]
+    commands = dict.fromkeys(f"vitad plan {r.method} --preset {r.preset} --dataset {r.dataset}" for r in counted)
+    return f"about {', '.join(times)}, by counted operations: {'; '.join(commands)}"
 
 
 def time_left(requests: list[Request], records: Iterable[Record]) -> str:

@@ -207,7 +207,7 @@ class Reproduction:
             method,
             self.dataset,
             split=self.split,
-            category=_models(method, self.dataset, self.category)[0],
+            category=models_of(method, self.dataset, self.category)[0],
             preset=self.preset or usual_preset(method, self.dataset),
             overrides={**overrides, **self.overrides},
             weights=self.weights,
@@ -216,7 +216,7 @@ class Reproduction:
         )
         return [
             replace(first, category=category, seed=seed)
-            for category in _models(method, self.dataset, self.category)
+            for category in models_of(method, self.dataset, self.category)
             for seed in range(self.seeds)
         ]
 
@@ -250,8 +250,11 @@ def usual_preset(method: str, dataset: str) -> str:
     return USUAL_PRESETS.get((method, dataset)) or USUAL_PRESETS.get(dataset, "paper")  # type: ignore[call-overload]
 
 
-def _models(method: str, dataset: str, category: str | None) -> list[str | None]:
-    """Categories for which a model each is trained; [None] for the default of the method or the data set."""
+def models_of(method: str, dataset: str, category: str | None) -> list[str | None]:
+    """Categories for which a model each is trained; [None] for the default of the method or the data set.
+
+    `category` is one, or several with commas between, or `each`; by default each of a data set that has no default.
+    """
     described = data.get(dataset)  # an unknown data set is said so first
     if category is not None and category != EACH:
         return list(category.split(","))
@@ -281,7 +284,7 @@ def combinations(blocks: list[dict[str, Any]]) -> list[Request]:
             if not {"method", "dataset"} <= chosen.keys():
                 raise UserError(f"the runs of {block} need a method and a dataset.")
             category = str(chosen["category"]) if "category" in chosen else None
-            for model in _models(chosen["method"], chosen["dataset"], category):
+            for model in models_of(chosen["method"], chosen["dataset"], category):
                 requests.append(Request(**chosen | {"category": model}))
     return list(dict.fromkeys(requests))
 

@@ -4,17 +4,30 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import nn
 
 import vitad
+from vitad.backbones import import_timm
 from vitad.errors import UserError
 from vitad.training import autocast
+
+if TYPE_CHECKING:
+    from vitad.runs.request import Request
+
+RESUMED = (
+    "A run that was resumed or is repeated is equal only statistically: without --deterministic CUDA adds in any order."
+)
 
 
 def find_device(name: str) -> torch.device:
@@ -26,9 +39,66 @@ def find_device(name: str) -> torch.device:
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def environment(device: torch.device | None = None, amp: bool = False) -> dict[str, Any]:
-    """The machine and the versions, as the record keeps them."""
+@contextmanager
+def arithmetic(request: Request, device: torch.device) -> Iterator[None]:
+    """Within, float32 products are those of TF32, and operations deterministic, as the request says; then as before.
+
+    Raises
+    ------
+    UserError
+        TF32 is asked for where there is none; or within, an operation has no deterministic form.
+    """
+    cuda = device.type == "cuda"
+    if request.tf32 and not (cuda and torch.cuda.get_device_capability(device) >= (8, 0)):
+        raise UserError(f"tf32 was asked for, but {_device_name(device)} has none. Leave the option out for this run.")
+    products, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = products.allow_tf32, convolutions.allow_tf32, torch.are_deterministic_algorithms_enabled()
+    if request.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as torch asks for
+    try:
+        if cuda:
+            products.allow_tf32 = convolutions.allow_tf32 = request.tf32
+        torch.use_deterministic_algorithms(request.deterministic)
+        yield
+    except RuntimeError as e:
+        if "does not have a deterministic implementation" not in str(e):
+            raise
+        raise UserError(
+            f"deterministic was asked for, but {str(e).split()[0]} has no such form on {device.type}. "
+            "Leave the option out for this run."
+        ) from e
+    finally:
+        if cuda:
+            products.allow_tf32, convolutions.allow_tf32 = before[:2]
+        torch.use_deterministic_algorithms(before[2])
+
+
+def compile_blocks(model: nn.Module, device: torch.device) -> None:
+    """Let torch compile the blocks of the transformers in a model, where nearly all of its time goes.
+
+    Raises
+    ------
+    UserError
+        What torch compiles with is missing.
+    """
+    needed = {"cuda": "the package triton", "cpu": "a C++ compiler"}[device.type]
+    if not (find_spec("triton") if device.type == "cuda" else shutil.which(os.environ.get("CXX", "g++"))):
+        raise UserError(f"compile was asked for, but {needed} is missing. Install it, or leave the option out.")
+    Block = import_timm().models.vision_transformer.Block
+    for module in model.modules():
+        if isinstance(module, Block):
+            module.compile()
+
+
+def environment(
+    device: torch.device | None = None, amp: bool = False, request: Request | None = None
+) -> dict[str, Any]:
+    """The machine, the versions and the arithmetic, as the record keeps them.
+
+    With the request of a run also what its switches changed, and what holds of a resumed run where it is not the same.
+    """
     device = device or find_device("auto")
+    switches = [name for name in ("tf32", "compile", "deterministic") if getattr(request, name, False)]
     with autocast(device, amp):
         precision = "bfloat16 autocast" if torch.is_autocast_enabled(device.type) else "float32"
     return {
@@ -39,10 +109,12 @@ def environment(device: torch.device | None = None, amp: bool = False) -> dict[s
         "numpy": np.__version__,
         "platform": f"{platform.system()} {platform.machine()}",
         "device": device.type,
-        "device_name": torch.cuda.get_device_name() if device.type == "cuda" else _cpu_name(),
+        "device_name": _device_name(device),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "precision": precision,
+        **({"switches": switches} if switches else {}),
+        **({"resumed": RESUMED} if device.type == "cuda" and "deterministic" not in switches else {}),
     }
 
 
@@ -67,6 +139,10 @@ def git_state() -> dict[str, Any] | None:
         return {"commit": git("rev-parse", "HEAD"), "changed": bool(git("status", "--porcelain", "--", package))}
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
 
 
 def _cpu_name() -> str:

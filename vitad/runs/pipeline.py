@@ -25,7 +25,7 @@ from vitad.methods.base import Method
 from vitad.metrics import evaluate
 from vitad.resampling import Resamples, draw, intervals, mean_of, resample
 from vitad.runs import folder as run_folder
-from vitad.runs.machine import environment, find_device, git_state
+from vitad.runs.machine import arithmetic, compile_blocks, environment, find_device, git_state
 from vitad.runs.record import Record, committed_seeds, write_record
 from vitad.runs.request import AUTO, Request
 from vitad.settings import resolve
@@ -86,7 +86,9 @@ def run(
     say(data.describe(images))
     say(f"weights: {model.weights['source']}")
     clock.note("load")
-    with run_folder.unfinished(out, request, found) as state:
+    if request.compile:
+        compile_blocks(model, device)
+    with arithmetic(request, device), run_folder.unfinished(out, request, found) as state:
         model.prepare(images.train, device)
         clock.note("prepare")
         history = train(
@@ -109,7 +111,7 @@ def run(
             **metrics,
             "counts": counts,
             "timings": _timings(clock, history, len(images.test)),
-            "environment": environment(device, model.settings.amp),
+            "environment": environment(device, model.settings.amp, request),
             "git": git_state(),
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         }

@@ -25,8 +25,8 @@ IDENTITY = ("method", "dataset", "category", "split", "seed", "settings", "weigh
 class Request:
     """A run that somebody asks for. Two requests are equal if they ask for the same run.
 
-    Category and split are filled in, and names are checked, without looking at any data. The last three fields
-    say where and how to run. They are no part of the identity.
+    Category and split are filled in, and names are checked, without looking at any data. The fields from `data_root`
+    on say where and how to run. They are no part of the identity.
 
     Parameters
     ----------
@@ -47,6 +47,12 @@ class Request:
         `auto` (CUDA where there is one), `cpu` or `cuda`.
     skip_bad
         Leave unreadable images out instead of stopping.
+    tf32, compile
+        For speed on a GPU; results change by rounding, and the record says so. TF32 rounds what products of float32
+        take in to 10 bits; `torch.compile` fuses the operations of transformer blocks.
+    deterministic
+        Only operations whose result is the same at every call, so that a resumed run is equal to an unbroken one on a
+        GPU, too. On the CPU it is anyway.
 
     Raises
     ------
@@ -75,6 +81,9 @@ class Request:
     data_root: str | Path | None = None
     device: str = "auto"
     skip_bad: bool = False
+    tf32: bool = False
+    compile: bool = False
+    deterministic: bool = False
 
     def __post_init__(self) -> None:
         module = methods.get(self.method)

@@ -8,13 +8,12 @@ from typing import Any
 
 import pandas as pd
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from vitad import methods
 from vitad.errors import UserError
 from vitad.methods.base import Method
+from vitad.plan import counter, multiply_adds
 from vitad.runs.machine import find_device
 from vitad.settings import resolve
 from vitad.training import autocast
@@ -34,8 +33,7 @@ def cost(names: Iterable[str], image_size: int = 256, preset: str = "paper", dev
         image = torch.rand(1, 3, px, px, device=on)
         seconds: list[float] = []
         with torch.no_grad(), autocast(on, model.settings.amp):
-            # The counter does not see fused attention. This round also warms up.
-            with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            with counter() as counted:  # this round also warms up
                 model.anomaly_map(image)
             while len(seconds) < 10 and sum(seconds) < 0.4:
                 began = time.perf_counter()
@@ -44,7 +42,7 @@ def cost(names: Iterable[str], image_size: int = 256, preset: str = "paper", dev
         rows[name] = {
             "px": px,
             "parameters, million": round(sum(p.numel() for p in model.parameters()) / 1e6, 1),
-            "multiply-adds, billion": round(counter.get_total_flops() / 2e9, 1),
+            "multiply-adds, billion": round(multiply_adds(counted) / 1e9, 1),
             "images a second": float(f"{1 / min(seconds):.2g}"),
         }
     return pd.DataFrame.from_dict(rows, orient="index")
