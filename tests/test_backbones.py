@@ -124,6 +124,23 @@ def test_intermediate_counts_blocks_from_one_and_stops_after_the_last():
         torch.testing.assert_close(last, model.forward_features(images)[:, 1:])
 
 
+def test_intermediate_can_leave_out_the_norm_and_keep_what_is_no_patch():
+    torch.manual_seed(0)
+    model = vit("test_vit", 64, "random", reg_tokens=4)[0].eval()
+    images = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        (found,) = intermediate(model, images, [6], norm=False, prefix=True)
+        assert found.shape == (2, 1 + 4 + 16, 64)
+        torch.testing.assert_close(model.norm(found), model.forward_features(images))
+        torch.testing.assert_close(intermediate(model, images, [6], norm=False), [found[:, 5:]])
+
+
+def test_a_backbone_that_is_none_of_the_published_is_a_substitute():
+    published = ("resnet18", "vgg16")
+    assert backbones.substitute("resnet18.tv_in1k", published) == "resnet18"
+    assert backbones.substitute("resnet34.a1", published) == "resnet34, a substitute for resnet18 or vgg16"
+
+
 def test_normalise_is_that_of_imagenet():
     colour = torch.tensor([0.485, 0.456, 0.406]) + torch.tensor([0.229, -0.224, 2 * 0.225])
     found = normalise(colour[None, :, None, None].expand(2, 3, 4, 4))

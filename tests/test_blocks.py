@@ -22,6 +22,11 @@ def test_gaussian_blur_equals_scipy(sigma):
     np.testing.assert_allclose(gaussian_blur(x.float(), sigma).numpy(), expected, atol=1e-6)
 
 
+def test_gaussian_blur_can_be_cut_off_earlier():
+    expected = np.stack([gaussian_filter(m, 4.0, mode="reflect", radius=2) for m in maps().numpy()])
+    np.testing.assert_allclose(gaussian_blur(maps(), 4.0, radius=2).numpy(), expected, atol=1e-12)
+
+
 def test_gaussian_blur_by_nothing():
     assert torch.equal(gaussian_blur(maps(), 0), maps())
 

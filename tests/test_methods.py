@@ -23,7 +23,7 @@ from vitad.blocks import top_mean
 from vitad.errors import UserError
 from vitad.methods import METHODS, anovit, mala
 from vitad.methods.base import Method
-from vitad.methods.rivals import l2cae, padim, patchknn
+from vitad.methods.rivals import dinomaly, l2cae, padim, patchknn
 from vitad.randomness import generator
 from vitad.settings import resolve
 
@@ -443,7 +443,7 @@ def test_a_record_of_padim_names_a_substitute():
     assert (wide.backbone, wide.channels) == ("wide_resnet50_2.tv_in1k", 550)
 
 
-@pytest.mark.parametrize("method", [padim])
+@pytest.mark.parametrize("method", [padim, dinomaly])
 def test_maps_are_made_on_one_device(method, monkeypatch):
     """A tensor left on the host breaks this, as it would on a GPU. There is no autocast for the meta device."""
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())

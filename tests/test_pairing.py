@@ -11,6 +11,7 @@ from torch import nn
 
 from vitad import data, methods, training
 from vitad.methods import METHODS, anovit, mala, ssltok, vitmem
+from vitad.methods.rivals import dinomaly
 from vitad.randomness import generator, next_seed, seed_of, seeded
 from vitad.settings import resolve
 from vitad.training import Phase, train
@@ -22,6 +23,7 @@ BASE = {
     "mala": {"stage1_images": 8, "stage2_images": 9, "stage1_batch_size": 3, "batch_size": 4},
     "ssltok": {"batch_size": 5, "pool": 2},
     "l2cae": {"batch_size": 5},
+    "dinomaly": {"batch_size": 5, "steps": 6},
     "padim": {},
     "patchknn": {"bank_size": 50},
 }
@@ -59,6 +61,8 @@ CHANGES = {
     "ssltok no_seg": {"segmentation"},
     "ssltok no_mask": {"train masked"},
     "ssltok no_synth": {"segmentation", "train damage"},
+    "dinomaly pretrained=True": {"encoder"},
+    "dinomaly no_dropout": {"train dropout"},
     "padim pretrained=True": {"backbone", "gaussians"},
     "padim shared": {"gaussians"},
     "padim shared=True": {"gaussians"},
@@ -151,6 +155,8 @@ def watched(model):
         if R := model.reconstruction:
             R.register_forward_pre_hook(lambda _, arguments: note("masked", arguments[1]))
             R.dropout.register_forward_hook(lambda _, __, tokens: note("dropout", tokens == 0))
+    if isinstance(model, dinomaly.Model):
+        model.bottleneck[0].register_forward_hook(lambda _, __, tokens: note("dropout", tokens == 0))
     return drawn
 
 
@@ -193,10 +199,11 @@ def test_all_draws_of_a_training_are_watched(traced):
         "mala": {"stage1 order": 6, "stage1 visible": 6, "stage2 order": 6, "stage2 damage": 6},
         "ssltok": {"train order": 6, "train damage": 6, "train masked": 6, "train dropout": 6},
         "l2cae": {"train order": 6},
+        "dinomaly": {"train order": 6, "train dropout": 6},
         "padim": {},
         "patchknn": {},
     }
-    for name in ("mala", "ssltok"):
+    for name in ("mala", "ssltok", "dinomaly"):
         for purpose, draws in traced(name).items():
             if " " in purpose:
                 assert len({draw.numpy().tobytes() for draw in draws.values()}) > 4, (
@@ -207,7 +214,7 @@ def test_all_draws_of_a_training_are_watched(traced):
 # --- parts --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("module", [anovit, vitmem, mala, ssltok])
+@pytest.mark.parametrize("module", [anovit, vitmem, mala, ssltok, dinomaly])
 def test_what_a_part_draws_for_its_weights_is_no_matter_to_the_others(module, monkeypatch):
     name = module.__name__.rpartition(".")[2]
     usual, vit = make(name), module.vit
@@ -292,13 +299,13 @@ def test_validation_does_not_disturb_the_training(gears):
     assert few.validated == [few.validated[0]] * 3, "each epoch is validated with the same draws"
 
 
-@pytest.mark.parametrize("name", ["mala", "ssltok"])
+@pytest.mark.parametrize("name", ["mala", "ssltok", "dinomaly"])
 @pytest.mark.parametrize("stop", [2, 5, 8])
 def test_a_resumed_run_draws_what_an_unbroken_one_does(name, stop, gears, tmp_path, monkeypatch):
     """The resumed one starts from another state of torch, and draws nothing for the steps that are done."""
     monkeypatch.setattr(training, "CHECK_STEPS", 1)
     monkeypatch.setattr(training, "SAVE_SECONDS", 0)
-    overrides = {"epochs": 3, "min_steps": 0} if name == "ssltok" else {}
+    overrides = {"ssltok": {"epochs": 3, "min_steps": 0}, "dinomaly": {"steps": 9, "easy_steps": 6}}.get(name, {})
 
     def run(state_path=None, stop=None):
         model = make(name, **overrides)

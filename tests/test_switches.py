@@ -94,6 +94,10 @@ def score_of_a_point(model):
     ("l2cae", "batch_size", 3),
     ("l2cae", "lr", 0.5),
     ("l2cae", "weight_decay", 0.5),
+    ("dinomaly", "batch_size", 3),
+    ("dinomaly", "lr", 0.5),
+    ("dinomaly", "weight_decay", 0.5),
+    ("dinomaly", "clip", 0.5),
 )
 def test_settings_of_training_reach_the_last_phase(method, name, value):
     usual, other = changed(method, name, value)
@@ -144,7 +148,14 @@ def test_the_foreground_can_be_given_as_masks(toy_root, tmp_path):
 
 # --- encoders and sizes -----------------------------------------------------------------------------------
 
-VITS = {"anovit": "encoder", "vitmem": "encoder", "mala": "encoder", "ssltok": "tokenizer", "patchknn": "backbone"}
+VITS = {
+    "anovit": "encoder",
+    "vitmem": "encoder",
+    "mala": "encoder",
+    "ssltok": "tokenizer",
+    "dinomaly": "encoder",
+    "patchknn": "backbone",
+}
 
 
 @each("method, name", *VITS.items())
@@ -189,6 +200,8 @@ def test_l2cae_has_another_layer_for_twice_the_size():
     ("vitmem", "sigma", 2.0),
     ("ssltok", "sigma", 2.0),
     ("l2cae", "sigma", 2.0),
+    ("dinomaly", "sigma", 2.0),
+    ("dinomaly", "radius", 4),
     ("padim", "sigma", 2.0),
     ("patchknn", "sigma", 8.0),
 )
@@ -204,6 +217,8 @@ def test_a_larger_sigma_makes_the_map_smoother(method, name, sigma, gears):
     ("ssltok", "blocks", (1,), {}),
     ("ssltok", "hidden_parts", 4, {}),
     ("ssltok", "remember", False, {}),
+    ("dinomaly", "blocks", (1, 2, 3, 4), {}),
+    ("dinomaly", "groups", 4, {}),
     ("patchknn", "blocks", (1,), {}),
 )
 def test_settings_of_the_score_change_the_map(method, name, value, both, gears):
@@ -635,6 +650,74 @@ def test_ssltok_scores_the_given_share_of_pixels():
 def test_l2cae_has_a_latent_vector_of_the_given_length():
     usual, other = changed("l2cae", "latent", 7)
     assert [model.encoder[-1].out_channels for model in (usual, other)] == [16, 7]
+
+
+@covers("dinomaly", "dropout")
+def test_the_bottleneck_of_dinomaly_has_the_given_dropout():
+    usual, other = changed("dinomaly", "dropout", 0.5)
+    assert [{drop.p for drop in layers(model, nn.Dropout) if drop.p} for model in (usual, other)] == [{0.2}, {0.5}]
+
+
+@covers("dinomaly", "depth")
+def test_the_decoder_of_dinomaly_has_the_given_depth():
+    usual, other = changed("dinomaly", "depth", 2)
+    assert [len(model.decoder) for model in (usual, other)] == [4, 2]
+
+
+@covers("dinomaly", "attention")
+def test_the_decoder_of_dinomaly_can_have_a_softmax(gears):
+    """Same weights, another way to mix the tokens."""
+    usual, other = changed("dinomaly", "attention", "softmax")
+    assert helpers.equal(usual.state_dict(), other.state_dict())
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 1, 2, 5, 8)
+    weights = (q @ k.mT / 8**0.5).softmax(-1)
+    torch.testing.assert_close(other.decoder[0].attention(q, k, v), weights @ v)
+    assert not torch.allclose(usual.decoder[0].attention(q, k, v), weights @ v)
+
+
+@covers("dinomaly", "easy", "easy_factor", "easy_steps")
+def test_dinomaly_holds_back_the_given_share_after_the_given_steps(gears):
+    """Halfway there the share is half of it; once there, it stays."""
+
+    def held_back(step, **overrides):
+        model, seen = make("dinomaly", **overrides), []
+        model.step.fill_(step)
+        with pytest.MonkeyPatch.context() as patch:
+            module = methods.get("dinomaly")
+            patch.setattr(module, "hold_back", lambda d, e, share, factor: seen.append((share.item(), factor)) or d)
+            losses(model, gears)
+        return seen[0]
+
+    settings = {"easy": 0.8, "easy_factor": 0.3, "easy_steps": 10}
+    assert held_back(5, **settings) == pytest.approx((0.4, 0.3))
+    assert held_back(30, **settings) == pytest.approx((0.8, 0.3))
+    assert held_back(1) == pytest.approx((0.9, 0.1)) and held_back(0) == (0.0, 0.1)
+
+
+@covers("dinomaly", "steps")
+def test_dinomaly_trains_so_many_epochs_as_make_the_steps(gears):
+    """Twelve images in batches of five are three steps."""
+    usual, other = changed("dinomaly", "steps", 10, batch_size=5)
+    for model in (usual, other):
+        model.prepare(gears.train, CPU)
+    assert [model.phases()[0].epochs for model in (usual, other)] == [1, 4]
+
+
+@covers("dinomaly", "warm_up", "lr_end")
+def test_the_rate_of_dinomaly_rises_and_falls_to_the_given_end():
+    def rates(**overrides):
+        schedule = make("dinomaly", steps=20, **overrides).phases()[0].schedule
+        return [round(schedule(done), 4) for done in (0.05, 0.1, 1.0)]
+
+    assert rates(warm_up=2) == [0.5, 1.0, 0.1]
+    assert rates(warm_up=4, lr_end=1e-3) == [0.25, 0.5, 0.5]
+
+
+@covers("dinomaly", "top")
+def test_dinomaly_scores_the_given_share_of_pixels():
+    usual, other = changed("dinomaly", "top", 0.5)
+    assert score_of_a_point(other) == round(1 / 2048, 4) != score_of_a_point(usual)
 
 
 @covers("padim", "backbone")

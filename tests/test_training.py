@@ -213,6 +213,8 @@ def test_the_learning_rate_follows_the_schedule(images):
     assert rates[:3] == pytest.approx([0.5 / 3, 1 / 3, 0.5])
     cosine = [0.25 + 0.25 * math.cos(math.pi * n / 9) for n in range(1, 10)]
     assert rates[3:] == pytest.approx(cosine) and rates[-1] < 1e-9
+    to_a_tenth = training.warm_up_then_cosine(0.25, 0.1)
+    assert [to_a_tenth(done) for done in (0.125, 0.25, 0.625, 1)] == pytest.approx([0.5, 1, 0.55, 0.1])
 
 
 class Scripted(nn.Module):

@@ -279,15 +279,32 @@ def _fitting(
     return given
 
 
-def intermediate(model: "VisionTransformer", images: Tensor, blocks: Sequence[int]) -> list[Tensor]:
-    """Outputs of the given blocks (counted from 1), final layer norm applied: a list of patch tokens (B,N,D).
+def intermediate(
+    model: "VisionTransformer", images: Tensor, blocks: Sequence[int], norm: bool = True, prefix: bool = False
+) -> list[Tensor]:
+    """Outputs of the given blocks (counted from 1): a list of patch tokens (B,N,D), in ascending order.
 
-    The computation stops after the last block that is asked for.
+    With `norm` the final layer norm is applied; with `prefix` class and register tokens come before the patches. The
+    computation stops after the last block that is asked for.
     """
     outputs = model.forward_intermediates(
-        images, indices=[b - 1 for b in blocks], norm=True, output_fmt="NLC", intermediates_only=True, stop_early=True
+        images,
+        indices=[b - 1 for b in blocks],
+        norm=norm,
+        output_fmt="NLC",
+        intermediates_only=True,
+        stop_early=True,
+        return_prefix_tokens=prefix,
     )
+    if prefix:
+        outputs = [torch.cat([first, patches], 1) for patches, first in outputs]
     return cast(list[Tensor], outputs)
+
+
+def substitute(name: str, published: Sequence[str]) -> str:
+    """For the run record: the backbone, without its tag, and what it stands for where it is none of the published."""
+    name = name.split(".")[0]
+    return name if name in published else f"{name}, a substitute for {' or '.join(published)}"
 
 
 def stages(model: nn.Module) -> dict[int, int]:

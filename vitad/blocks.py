@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 
-def gaussian_blur(maps: Tensor, sigma: float) -> Tensor:
+def gaussian_blur(maps: Tensor, sigma: float, radius: int | None = None) -> Tensor:
     """Gaussian smoothing of maps (B,H,W) with standard deviation `sigma` in px, edges mirrored.
 
-    Both passes are products with a banded matrix, which is exact at any ratio of sigma to image size.
-    Equal to scipy's `gaussian_filter(mode="reflect", truncate=4)`.
+    The bell is cut off after `radius` px, usually 4 sigma. Both passes are products with a banded matrix, which is
+    exact at any ratio of sigma to image size. Equal to scipy's `gaussian_filter(mode="reflect", radius=radius)`.
 
     Examples
     --------
@@ -24,7 +24,8 @@ def gaussian_blur(maps: Tensor, sigma: float) -> Tensor:
     if sigma == 0:
         return maps
     B, H, W = maps.shape
-    radius = int(4 * sigma + 0.5)  # px; as scipy cuts the bell off
+    if radius is None:
+        radius = int(4 * sigma + 0.5)  # as in scipy
     rows = _blur_matrix(H, sigma, radius, True, maps.dtype, maps.device)
     columns = _blur_matrix(W, sigma, radius, True, maps.dtype, maps.device)
     with torch.autocast(maps.device.type, enabled=False):  # half precision would tie most of a map's pixels

@@ -69,13 +69,13 @@ class Progress:
     seconds: float = 0.0  # spent so far, in all sessions
 
 
-def warm_up_then_cosine(warm_up: float) -> Callable[[float], float]:
-    """Schedule of a `Phase`: linear from 0 to 1 over the share `warm_up` of the steps, then a half cosine down to 0."""
+def warm_up_then_cosine(warm_up: float, end: float = 0.0) -> Callable[[float], float]:
+    """Schedule of a `Phase`: linear from 0 to 1 over the share `warm_up` of the steps, then a half cosine to `end`."""
 
     def factor(done: float) -> float:
         if done < warm_up:
             return done / warm_up
-        return 0.5 + 0.5 * math.cos(math.pi * (done - warm_up) / (1 - warm_up))
+        return end + (1 - end) * (0.5 + 0.5 * math.cos(math.pi * (done - warm_up) / (1 - warm_up)))
 
     return factor
 

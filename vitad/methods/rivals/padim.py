@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from vitad.backbones import IMAGENET_MEAN, IMAGENET_STD, LITE0, cnn, normalise, pyramid, stages
+from vitad.backbones import IMAGENET_MEAN, IMAGENET_STD, LITE0, cnn, normalise, pyramid, stages, substitute
 from vitad.blocks import gaussian_blur
 from vitad.data.samples import ImageSet
 from vitad.errors import UserError
@@ -108,12 +108,11 @@ class Model(Method):
         self.register_buffer("factor", torch.zeros(P, C, C))
         card: Any = self.backbone.pretrained_cfg
         self.scale = tuple(card["mean"]), tuple(card["std"])
-        name = s.backbone.split(".")[0]
         self.protocol = {
             "normalisation": "imagenet"
             if self.scale == (IMAGENET_MEAN, IMAGENET_STD)
             else f"mean {self.scale[0]}, std {self.scale[1]}",
-            "backbone": name if name in NETWORKS else f"{name}, a substitute for {' or '.join(NETWORKS)}",
+            "backbone": substitute(s.backbone, NETWORKS),
             "smoothing": f"Gaussian, sigma {s.sigma} px",
             "image_score": "maximum of the map",
             "checkpoint": "nothing is trained",
