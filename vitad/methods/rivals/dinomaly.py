@@ -131,7 +131,7 @@ class Model(Method):
         self.register_buffer("step", torch.zeros((), dtype=torch.long))
         # From prepare():
         self.cache: tuple[Tensor, Tensor] | None = None  # of the training images, half: (n,P+N,D) and (n,groups,N,D)
-        self.epochs = 1
+        self.epochs = s.steps  # of one step each
         self.protocol = {
             "normalisation": "imagenet",
             "backbone": substitute(s.encoder, NETWORKS),
