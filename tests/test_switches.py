@@ -527,6 +527,8 @@ def test_mala_scores_the_mean_over_the_given_window():
 @covers("ssltok", "remember")
 def test_ssltok_can_do_without_its_memory():
     usual, other = changed("ssltok", "remember", False)
+    for model in (usual, other):
+        model.fill_for_timing()
     assert [len(model.bank) for model in (usual, other)] == [200, 0]
     assert [model.segmentation.embed.in_channels for model in (usual, other)] == [256, 192]
 
