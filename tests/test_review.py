@@ -10,8 +10,14 @@ from vitad.runs.request import hash_of
 SECONDS = 10.0
 
 
+@pytest.fixture(scope="module")
+def book():
+    """(all committed records, all claims of the book), which take seconds."""
+    return runs.committed(), claims.of_the_book()
+
+
 @pytest.fixture
-def instant(monkeypatch):
+def instant(monkeypatch, book):
     """Runs that take no time: the committed record again, with its image AUROC moved by `instant.moved`."""
 
     class Instant:
@@ -22,12 +28,13 @@ def instant(monkeypatch):
 
     def run(request, out):
         state.made.append(request)
-        (record,) = [r for r in runs.committed_seeds(request) if r["seed"] == request.seed]
+        (record,) = [r for r in runs.committed_seeds(request, book[0]) if r["seed"] == request.seed]
         return record | {"metrics": record["metrics"] | {"image_auroc": record["metrics"]["image_auroc"] - state.moved}}
 
     monkeypatch.setattr(review.runs, "run", run)
     monkeypatch.setattr(review, "estimate", lambda request, records: (SECONDS, "made up"))
-    monkeypatch.setattr(review, "_possible", lambda: runs.committed("toy")[:12])
+    monkeypatch.setattr(review, "_possible", lambda: [r for r in book[0] if r["dataset"] == "toy"][:12])
+    monkeypatch.setattr(review.claims, "of_the_book", lambda: book[1])
     return state
 
 

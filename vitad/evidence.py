@@ -367,7 +367,7 @@ def _spread(variants: Mapping[str, Sequence[Record]], weights: Mapping[str, floa
         return _Spread(math.nan, 0, None, None)
     pairs = [(w, by_seed[name][seed]) for name, w in weights.items() for seed in seeds]
     values = np.array([w * _value(r, metric) for w, r in pairs]).reshape(len(weights), len(seeds)).sum(0)
-    resampled = [w * _resamples(r)[metric] for w, r in pairs if metric in _resamples(r)]
+    resampled = [w * found[metric] for w, r in pairs if metric in (found := _resamples(r))]
     sd_test = None
     if len(resampled) == len(pairs):
         sd_test = float(np.nanstd(np.sum(resampled, 0, dtype=float) / len(seeds), ddof=1))

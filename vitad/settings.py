@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -118,7 +118,8 @@ def _parse_dict(text: str) -> dict[str, Any]:
 
 def as_json(settings: "DataclassInstance") -> dict[str, Any]:
     """The settings as a dict that JSON can hold."""
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(settings).items()}
+    values = {field.name: getattr(settings, field.name) for field in fields(settings)}
+    return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
 
 
 def _convert(key: str, value: Any, kind: Any) -> Any:

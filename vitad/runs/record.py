@@ -80,8 +80,9 @@ def on_other_processors(request: Request) -> list[Record]:
 def _any_seed(request: Request, records: list[Record]) -> list[Record]:
     """Those of `records` that are of this run with any seed, sorted by seed."""
     wanted = request.identity | {"seed": None}
-    same_method = [r for r in records if r["method"] == request.method]
-    same = [r for r in same_method if identity(r) | {"seed": None} == wanted]
+    told_at_once = ("method", "dataset", "split")  # before the settings, which take longer
+    alike = [r for r in records if all(r[name] == wanted[name] for name in told_at_once)]
+    same = [r for r in alike if identity(r) | {"seed": None} == wanted]
     return sorted(same, key=lambda r: r["seed"])
 
 

@@ -89,10 +89,11 @@ def by_kind(record: Record, category: str | None = None) -> dict[str, float | No
     scores = pd.read_csv(record["folder"] / "scores.csv")
     if category and "metrics_by_category" in record:
         scores = scores[scores["image"].str.startswith(f"{category}/")]
+    values, defects, anomalous = scores["score"].to_numpy(), scores["defect"].to_numpy(), scores["label"].to_numpy(bool)
     found = {}
-    for kind in sorted(set(scores["defect"][scores["label"] == 1])):
-        part = scores[(scores["label"] == 0) | (scores["defect"] == kind)]
-        found[kind] = auroc(part["score"].to_numpy(), part["label"].to_numpy(bool))
+    for kind in sorted(set(defects[anomalous])):
+        part = ~anomalous | (defects == kind)
+        found[kind] = auroc(values[part], anomalous[part])
     return found
 
 
