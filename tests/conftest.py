@@ -6,7 +6,16 @@ from vitad import data
 from vitad.data.dataset import _load
 from vitad.data.sets import toy
 
-SLOW = ("test_walkthroughs.py", "test_book.py", "test_sweep.py", "test_notebook.py", "test_runs.py", "test_pairing.py")
+SLOW = (
+    "test_walkthroughs.py",
+    "test_book.py",
+    "test_sweep.py",
+    "test_mala.py",
+    "test_methods.py",
+    "test_notebook.py",
+    "test_runs.py",
+    "test_pairing.py",
+)
 
 
 def pytest_collection_modifyitems(items):

@@ -370,7 +370,7 @@ def test_plpm_learns_to_tell_and_the_autoencoder_to_fool_it(gears):
 
 
 def test_stage_1_learns_to_rebuild_what_is_hidden(gears):
-    model = make(stage1_epochs=150, pipeline="recon", stage1_batch_size=12, stage1_lr=0.06)
+    model = make(stage1_epochs=75, pipeline="recon", stage1_batch_size=12, stage1_lr=0.09)
     images = gears.train.batch(range(12))["image"]
     visible = model.random_visible(12, CPU)
     shown = torch.zeros(12, 16).scatter(1, visible, 1).view(12, 1, 4, 4)
