@@ -46,10 +46,12 @@ def _options(args: argparse.Namespace, kind: type) -> dict[str, Any]:
 
 
 def _run(args: argparse.Namespace) -> None:
+    from vitad.processes import is_first
     from vitad.runs import Request, run
 
     run(Request(**_options(args, Request)), args.out, say=print)
-    _show(args)
+    if is_first():
+        _show(args)
 
 
 def _show(args: argparse.Namespace) -> None:
@@ -60,6 +62,8 @@ def _show(args: argparse.Namespace) -> None:
     e, git, counts, times = record["environment"], record["git"], record["counts"], record["timings"]
     commit = f"{git['commit'][:10]}{' with changes' if git['changed'] else ''}" if git else "unknown"
     machine = [e["device"], e["device_name"], f"{e['threads']} threads", e["precision"], *e.get("switches", [])]
+    if "processes" in e:
+        machine.append(f"{e['processes']} processes")
     test = f"{counts['test_good']} good + {counts['test_defective']} defective"
     rows = [
         ("method", f"{record['method']}: {record['paper']}"),

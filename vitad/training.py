@@ -25,6 +25,7 @@ from tqdm import tqdm
 from vitad.data.samples import batches
 from vitad.errors import UserError
 from vitad.files import atomic_write
+from vitad.processes import Processes
 from vitad.randomness import next_seed, seed_of
 
 if TYPE_CHECKING:
@@ -139,6 +140,7 @@ def train(
     amp: bool = True,
     state_path: Path | None = None,
     keep: Callable[[str, dict[str, Tensor]], None] | None = None,
+    processes: Processes | None = None,
 ) -> list[dict[str, Any]]:
     """Train a model on normal images through all its phases, resuming from `state_path` if it exists.
 
@@ -153,6 +155,8 @@ def train(
         File for the state of an unfinished training; None saves nothing.
     keep
         Called with the name of a phase and the weights after it, for every phase but the last.
+    processes
+        Those that share the batches; None: this one is alone.
 
     Returns
     -------
@@ -164,11 +168,12 @@ def train(
     UserError
         A loss is not finite; the message names the step and the settings.
     """
+    processes = processes or Processes(device)
     saved = None
     if state_path and state_path.exists():
         saved = torch.load(state_path, map_location="cpu", weights_only=True)
     progress = Progress(**saved["at"]) if saved else Progress()
-    with _Saver(state_path, progress) as save:
+    with _Saver(state_path if processes.writes else None, progress) as save, processes.joined(model):
         phases = model.phases()
         for number in range(progress.phase, len(phases)):
             phase = phases[number]
@@ -180,7 +185,8 @@ def train(
             held_out, fit = _hold_out(phase, len(images), seed)
             steps = math.ceil(len(fit) / phase.batch_size)  # of an epoch
             total, done = phase.epochs * steps, progress.epoch * steps + progress.step
-            with tqdm(desc=phase.name, total=total, initial=done, unit="step") as bar:
+            mute = not processes.writes
+            with tqdm(desc=phase.name, total=total, initial=done, unit="step", disable=mute) as bar:
                 while progress.epoch < phase.epochs and not _out_of_patience(phase, progress):
                     model.train()
                     epoch = (phase.name, progress.epoch)
@@ -189,14 +195,17 @@ def train(
                     B, left = phase.batch_size, range(progress.step, steps)
                     seeds = [seed_of(seed, "step", *epoch, n) for n in left]  # of all that the losses draw
                     parts = [order[n * B : n * B + B] for n in left]
-                    for step_seed, batch in zip(
-                        seeds, batches(images, parts, device, _ahead(phase, seeds)), strict=True
-                    ):
+                    shares = [processes.share_of(len(part)) for part in parts]
+                    made = batches(images, parts, device, _ahead(phase, seeds), shares)
+                    for step_seed, own, batch in zip(seeds, shares, made, strict=True):
                         torch.manual_seed(step_seed)
+                        batch = processes.take(batch, own)
                         optimizer.zero_grad(set_to_none=True)  # before the forward pass, which needs their memory
                         with autocast(device, amp):
-                            losses = losses_of(batch)
+                            losses = processes.weighted(losses_of(batch))
                         _sum(losses).backward()
+                        of_step = torch.stack([x.detach().float() for x in losses.values()])
+                        processes.add_up(of_step, *(p.grad for p in phase.parameters))
                         if phase.clip:
                             nn.utils.clip_grad_norm_(phase.parameters, phase.clip)
                         if phase.schedule:  # a function of the step alone, so that a resumed run has the same rate
@@ -204,7 +213,7 @@ def train(
                             for group in optimizer.param_groups:
                                 group["lr"] = phase.lr * phase.schedule(share)
                         optimizer.step()
-                        progress.losses.append(torch.stack([x.detach().float() for x in losses.values()]))
+                        progress.losses.append(of_step)
                         progress.step += 1
                         bar.update()
                         if progress.step % CHECK_STEPS == 0 and progress.step < steps:
@@ -215,7 +224,9 @@ def train(
                     values = dict(zip(losses, means, strict=True))
                     if len(held_out):
                         torch.manual_seed(seed_of(seed, "validation", phase.name))  # in every epoch the same
-                        values["val"] = val = _validate(model, losses_of, images, held_out, phase, device, amp)
+                        values["val"] = val = _validate(
+                            model, losses_of, images, held_out, phase, device, amp, processes
+                        )
                         if not math.isfinite(val):
                             raise _diverged("validation loss", progress, phase, model)
                         if progress.best is None or val < progress.best["val"]:
@@ -229,7 +240,7 @@ def train(
                     save.if_due(model, optimizer)
             if progress.best:
                 model.load_state_dict(progress.best["weights"])
-            if keep and number + 1 < len(phases):
+            if keep and processes.writes and number + 1 < len(phases):
                 keep(phase.name, model.state_dict())
             progress.phase, progress.epoch, progress.best = number + 1, 0, None
     return progress.history
@@ -370,14 +381,19 @@ def _validate(
     phase: Phase,
     device: torch.device,
     amp: bool,
+    processes: Processes,
 ) -> float:
     """Mean total loss over the held-out images."""
     model.eval()
     total = torch.zeros((), device=device)
     B = phase.batch_size
-    for batch in batches(images, [held_out[i : i + B] for i in range(0, len(held_out), B)], device):
+    parts = [held_out[i : i + B] for i in range(0, len(held_out), B)]
+    shares = [processes.share_of(len(part)) for part in parts]
+    for part, own, batch in zip(parts, shares, batches(images, parts, device, shares=shares), strict=True):
+        batch = processes.take(batch, own)
         with autocast(device, amp):
-            total = total + _sum(losses_of(batch)).float() * len(batch["image"])
+            total = total + _sum(processes.weighted(losses_of(batch))).float() * len(part)
+    processes.add_up(total)
     return float(total) / len(held_out)
 
 

@@ -26,6 +26,7 @@ from tqdm import tqdm
 from vitad.data.records import UNREADABLE, Record, one_channel
 from vitad.errors import UserError
 from vitad.files import cache_dir
+from vitad.processes import Share
 from vitad.transfer import free_bytes, to_device
 
 MEMORY_LIMIT = 4 * 2**30  # bytes of decoded images a set may hold in memory; beyond, a cache file on disk
@@ -235,7 +236,11 @@ class ImageSet(torch.utils.data.Dataset):
 
 
 def batches(
-    images: ImageSet, parts: Iterable[Sequence[int] | ndarray], device: torch.device, damage: Damage | None = None
+    images: ImageSet,
+    parts: Sequence[Sequence[int] | ndarray],
+    device: torch.device,
+    damage: Damage | None = None,
+    shares: Sequence[Share | None] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """The samples of these lists of indices in turn, as `ImageSet.batch` gives them.
 
@@ -247,26 +252,29 @@ def batches(
     damage
         Function of the number of a part and its samples on the host. It is not called on the CPU. Elsewhere the threads
         call it, and what it returns is on the device as `damaged` of the batch.
+    shares
+        Of each part, the rows that are wanted; None: all. Damage is made of a whole part, on the CPU as well: what an
+        image gets depends on those before it.
     """
-    if device.type == "cpu":
-        return (images.batch(part, device) for part in parts)
-    return _made_ahead(images, parts, device, damage)
 
-
-def _made_ahead(
-    images: ImageSet, parts: Iterable[Sequence[int] | ndarray], device: torch.device, damage: Damage | None = None
-) -> Iterator[dict[str, Any]]:
-    def make(number: int, part: Sequence[int] | ndarray) -> dict[str, Any]:
-        batch: dict[str, Any] = images.batch(part, device)
-        if damage:
+    def make(number: int) -> dict[str, Any]:
+        part, share = parts[number], shares[number] if shares else None
+        rows = share.rows if share else slice(None)
+        batch: dict[str, Any] = images.batch(part[rows], device)
+        if damage and (share or device.type != "cpu"):
             made = damage(number, images.batch(part))
-            batch["damaged"] = {name: to_device(tensor, device) for name, tensor in made.items()}
+            batch["damaged"] = {name: to_device(tensor[rows], device) for name, tensor in made.items()}
         return batch
 
+    numbers = range(len(parts))
+    return map(make, numbers) if device.type == "cpu" else _made_ahead(make, numbers)
+
+
+def _made_ahead(make: Callable[[int], dict[str, Any]], numbers: Iterable[int]) -> Iterator[dict[str, Any]]:
     with ThreadPoolExecutor(AHEAD) as threads:
         coming: deque[Future[dict[str, Any]]] = deque()
-        for number, part in enumerate(parts):
-            coming.append(threads.submit(make, number, part))
+        for number in numbers:
+            coming.append(threads.submit(make, number))
             if len(coming) > AHEAD:
                 yield coming.popleft().result()
         while coming:

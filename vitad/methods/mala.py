@@ -31,6 +31,7 @@ from vitad.data.synthesis import Synthesis, foregrounds, textures_used
 from vitad.errors import UserError
 from vitad.files import read_safetensors, sha256
 from vitad.methods.base import Method
+from vitad.processes import drawn
 from vitad.randomness import next_seed, seed_of, seeded
 from vitad.training import Phase, in_parts, warm_up_then_cosine
 from vitad.transfer import to_device
@@ -270,7 +271,7 @@ class Model(Method):
     def stage1_losses(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Eq. 3, its misprints corrected. Each loss is weighted and reaches only the parameters that it is for."""
         X = batch["image"]
-        visible = self.random_visible(len(X), X.device)
+        visible = drawn(batch, lambda B: self.random_visible(B, X.device))
         X_bar = in_parts(self.reconstruct, self.settings.micro_batch, X, visible)
         a1, a2, a3 = self.settings.alpha
         losses = {"l1": a1 * (X - X_bar).abs().mean(), "ssim": a2 * (1 - ssim_map(X, X_bar, 1.0)).mean()}

@@ -36,6 +36,7 @@ from vitad.data.samples import ImageSet
 from vitad.data.synthesis import Synthesis, foreground_mask, textures_used
 from vitad.errors import UserError
 from vitad.methods.base import Method
+from vitad.processes import drawn
 from vitad.randomness import generator, next_seed, seed_of, seeded
 from vitad.training import Phase, autocast, warm_up_then_cosine
 from vitad.transfer import to_device
@@ -344,15 +345,20 @@ class Model(Method):
         )
         t = self._standard(raw)
         M = torch.zeros_like(x[:, 0], dtype=torch.bool)
-        draws = torch.rand(len(x), generator=generator(seed, "damaged"))
+        draws = drawn(batch, lambda B: torch.rand(B, generator=generator(seed, "damaged")))
         chosen = (draws < s.damage).nonzero()[:, 0]  # places in the batch of those to be damaged
         row = torch.zeros(len(x), dtype=torch.long)  # 0: clean, else one more than the version
         if cached and s.pool:
-            version = torch.randint(s.pool, (len(x),), generator=generator(seed, "version"))[chosen]
+            version = drawn(batch, lambda B: torch.randint(s.pool, (B,), generator=generator(seed, "version")))[chosen]
             places = to_device(chosen, x.device)
             raw[places] = to_device(self.pool["tokens"][version, index[chosen]], x.device).float()
             M[places] = to_device(self.pool["mask"][version, index[chosen]], x.device)
             row[chosen] = version + 1
+        elif s.damage and "share" in batch:
+            raise UserError(
+                f"damage that is made in a step, with pool={s.pool}, is that of one process. "
+                "Start one, or let pool hold the damaged versions of all images."
+            )
         elif len(chosen):
             foreground = self._foreground(x[chosen], batch["texture"][chosen].numpy())
             damaged = self.synthesis(x[chosen], seed_of(seed, "damage"), 0, foreground)
@@ -381,8 +387,9 @@ class Model(Method):
         t, t_a, t_m, M = self.pairs(batch)
         if self.reconstruction:
             random = generator(next_seed(), "masked")
-            share = torch.rand(len(t), 1, generator=random) * s.mask_max  # of the tokens, for each image
-            masked = torch.rand(t.shape[:2], generator=random) < share  # (B,N)
+            N = t.shape[1]
+            share = drawn(batch, lambda B: torch.rand(B, 1, generator=random)) * s.mask_max  # of each image's tokens
+            masked = drawn(batch, lambda B: torch.rand(B, N, generator=random)) < share  # (B,N)
             t_hat = self.reconstruction(t_a, to_device(masked, t.device))
             losses["cosine"] = (1 - F.cosine_similarity(t_hat, t, dim=-1)).mean()
             losses["smooth_l1"] = 0.5 * F.smooth_l1_loss(t_hat, t)

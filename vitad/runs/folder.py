@@ -106,13 +106,17 @@ def _first_difference(previous: Mapping[str, Any], request: Request) -> tuple[st
 
 
 @contextmanager
-def unfinished(folder: Path, request: Request, data: Found) -> Iterator[Path]:
+def unfinished(folder: Path, request: Request, data: Found, writes: bool = True) -> Iterator[Path]:
     """Mark `folder` as this run, unfinished; gives the path for its training state.
 
     The mark goes when the run is complete. A run that fails before there is a state worth resuming leaves nothing.
+    Of several processes only the one that `writes` does any of this.
     """
     mark = folder / UNFINISHED
     state = mark / "state.pt"
+    if not writes:
+        yield state
+        return
     try:
         with atomic_write(mark / "request.json") as temporary:
             temporary.write_text(json.dumps(describe(request, data)))

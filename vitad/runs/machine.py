@@ -91,11 +91,12 @@ def compile_blocks(model: nn.Module, device: torch.device) -> None:
 
 
 def environment(
-    device: torch.device | None = None, amp: bool = False, request: Request | None = None
+    device: torch.device | None = None, amp: bool = False, request: Request | None = None, processes: int = 1
 ) -> dict[str, Any]:
     """The machine, the versions and the arithmetic, as the record keeps them.
 
-    With the request of a run also what its switches changed, and what holds of a resumed run where it is not the same.
+    With the request of a run also what its switches changed, and what holds of a resumed run where it is not the same;
+    and the number of processes where there were several.
     """
     device = device or find_device("auto")
     switches = [name for name in ("tf32", "compile", "deterministic") if getattr(request, name, False)]
@@ -113,6 +114,7 @@ def environment(
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "precision": precision,
+        **({"processes": processes} if processes > 1 else {}),
         **({"switches": switches} if switches else {}),
         **({"resumed": RESUMED} if device.type == "cuda" and "deterministic" not in switches else {}),
     }

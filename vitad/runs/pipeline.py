@@ -23,10 +23,11 @@ from vitad.errors import UserError
 from vitad.files import write_safetensors
 from vitad.methods.base import Method
 from vitad.metrics import evaluate
+from vitad.processes import Processes
 from vitad.resampling import Resamples, draw, intervals, mean_of, resample
 from vitad.runs import folder as run_folder
 from vitad.runs.machine import arithmetic, compile_blocks, environment, find_device, git_state
-from vitad.runs.record import Record, committed_seeds, write_record
+from vitad.runs.record import Record, committed_seeds, read_record, write_record
 from vitad.runs.request import AUTO, Request
 from vitad.settings import resolve
 from vitad.training import autocast, train
@@ -39,6 +40,8 @@ def run(
     request: Request | str, out: str | Path = "runs/latest", say: Callable[[str], None] | None = None, **fields: Any
 ) -> Record:
     """Train and evaluate one method on one data set; returns the record.
+
+    Started as one of several processes, it shares the work with them, see `vitad.processes`; the first one writes.
 
     Writes `record.json`, `maps.npz`, `scores.csv`, `resamples.npz`, `checkpoint.safetensors`, `heatmaps.png` and
     `history.csv` to `out`; where training has several phases, also `checkpoint-<phase>.safetensors` after each but the
@@ -71,52 +74,56 @@ def run(
     >>> sorted(record["metrics"])
     ['image_auroc', 'pixel_ap', 'pixel_auroc', 'pro']
     """
-    say = say or (lambda line: None)
     request = Request.make(request, **fields)
-    found = data.find(request.dataset, request.data_root, request.category, request.split)
-    device = find_device(request.device)
     out = Path(out).expanduser()
-    if record := run_folder.claim(out, request, found):
-        run_folder.tidy(out)
-        return record
-
-    clock = Clock()
-    model = _make_model(request, device)
-    images = found.load(model.settings.image_size, MASK_THRESHOLD, request.skip_bad)
+    processes = Processes.join(find_device(request.device))
+    device = processes.device
+    say = say if say and processes.writes else lambda line: None
+    with processes.one_after_another():
+        found = data.find(request.dataset, request.data_root, request.category, request.split)
+        if record := run_folder.claim(out, request, found):
+            if processes.writes:
+                run_folder.tidy(out)
+            return record
+        clock = Clock()
+        model = _make_model(request, device)
+        processes.check(model.phases())
+        images = found.load(model.settings.image_size, MASK_THRESHOLD, request.skip_bad)
     say(data.describe(images))
     say(f"weights: {model.weights['source']}")
     clock.note("load")
     if request.compile:
         compile_blocks(model, device)
-    with arithmetic(request, device), run_folder.unfinished(out, request, found) as state:
+    with arithmetic(request, device), run_folder.unfinished(out, request, found, processes.writes) as state:
         model.prepare(images.train, device)
         clock.note("prepare")
-        history = train(
-            model, images.train, request.seed, device, model.settings.amp, state, _phase_writer(out, request)
-        )
+        keep = _phase_writer(out, request)
+        history = train(model, images.train, request.seed, device, model.settings.amp, state, keep, processes)
         clock.note("train")
-        maps, scores = score(model, images.test, device, model.settings.batch_size, model.settings.amp)
+        maps, scores = score(model, images.test, device, model.settings.batch_size, model.settings.amp, processes)
         clock.note("score")
-        metrics, resamples = _evaluate(images.test, maps, scores)
-        clock.note("evaluate")
-        counts = _counts(model, images, history) | model.observe(images.train, device)
+        if processes.writes:
+            metrics, resamples = _evaluate(images.test, maps, scores)
+            clock.note("evaluate")
+            counts = _counts(model, images, history) | model.observe(images.train, device)
 
-        write_safetensors(model.state_dict(), out / "checkpoint.safetensors", _checkpoint_metadata(request))
-        run_folder.write_maps(out, images.test, maps, scores)
-        run_folder.write_scores(out, images.test, scores)
-        run_folder.write_resamples(out, images.test, resamples)
-        run_folder.write_history(out, history)
-        _draw_heatmaps(out / "heatmaps.png", images.test, maps, scores)
-        record = _describe(request, found, model, images) | {
-            **metrics,
-            "counts": counts,
-            "timings": _timings(clock, history, len(images.test)),
-            "environment": environment(device, model.settings.amp, request),
-            "git": git_state(),
-            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        }
-        write_record(record, out)
-    return record
+            write_safetensors(model.state_dict(), out / "checkpoint.safetensors", _checkpoint_metadata(request))
+            run_folder.write_maps(out, images.test, maps, scores)
+            run_folder.write_scores(out, images.test, scores)
+            run_folder.write_resamples(out, images.test, resamples)
+            run_folder.write_history(out, history)
+            _draw_heatmaps(out / "heatmaps.png", images.test, maps, scores)
+            record = _describe(request, found, model, images) | {
+                **metrics,
+                "counts": counts,
+                "timings": _timings(clock, history, len(images.test)),
+                "environment": environment(device, model.settings.amp, request, processes.number),
+                "git": git_state(),
+                "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+            }
+            write_record(record, out)
+    processes.wait()
+    return record or read_record(out)
 
 
 def find_or_run(request: Request | str, out: str | Path = "runs/latest", **fields: Any) -> Record:
@@ -155,19 +162,33 @@ def run_variants(
 
 @torch.no_grad()
 def score(
-    model: Method, images: ImageSet, device: torch.device, batch_size: int, amp: bool = True
+    model: Method,
+    images: ImageSet,
+    device: torch.device,
+    batch_size: int,
+    amp: bool = True,
+    processes: Processes | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Anomaly maps (N,H,W) float32 and image scores (N,) of a set of images."""
+    """Anomaly maps (N,H,W) float32 and image scores (N,) of a set of images.
+
+    Several `processes` take the batches in turn. The batches are the same, so the numbers are, and all get all of them.
+    """
+    processes = processes or Processes(device)
     model.eval()
     maps = np.empty((len(images), *images.size), np.float32)
     scores = np.empty(len(images), np.float32)
-    for start in tqdm(range(0, len(images), batch_size), "score", unit="batch", leave=False):
+    starts = range(0, len(images), batch_size)
+    mine = starts[processes.rank :: processes.number]
+    for start in tqdm(mine, "score", unit="batch", leave=False, disable=not processes.writes):
         indices = range(start, min(start + batch_size, len(images)))
         batch = images.batch(indices, device)["image"]
         with autocast(device, amp):
             batch_maps = model.anomaly_map(batch).float()
         maps[indices] = batch_maps.cpu().numpy()
         scores[indices] = model.image_score(batch_maps).cpu().numpy()
+    for n, start in enumerate(starts):
+        part = slice(start, start + batch_size)
+        processes.hand_round((maps[part], scores[part]), n % processes.number)
     return maps, scores
 
 
