@@ -17,7 +17,21 @@ from vitad.errors import UserError
 from vitad.methods import METHODS
 from vitad.papers.estimates import overview
 from vitad.papers.tables import TABLES, Reproduction
-from vitad.plan import CARDS, GIB, SHARE, SPARE, Card, _counted, _undamaged, as_text, counter, multiply_adds, plan, step
+from vitad.plan import (
+    CARDS,
+    GIB,
+    SHARE,
+    SPARE,
+    Card,
+    _counted,
+    _too_small,
+    _undamaged,
+    as_text,
+    counter,
+    multiply_adds,
+    plan,
+    step,
+)
 from vitad.runs import Request
 from vitad.settings import resolve
 from vitad.training import train
@@ -179,11 +193,23 @@ def test_a_page_says_what_is_too_small_and_which_setting_helps(monkeypatch):
     between = Card("between", (first.memory + second.memory) / 2, 100.0)
     monkeypatch.setattr("vitad.plan.CARDS", (*CARDS, between, Card("tiny", 1.0, 100.0)))
     text = as_text([found])
-    n = first.largest_batch(between)
-    assert 0 < n < 16 and re.search(rf"between .* too small for stage1: --set stage1_batch_size={n} fits\n", text)
+    assert re.search(r"between .* too small for stage1: --set micro_batch=(8|4|2|1) fits\n", text)
     assert re.search(r"tiny .* too small for stage1: so is it .*; too small for stage2: so is it with any batch", text)
     assert re.search(r"H100 SXM +80 +989.4 bfloat16 .* fits", text) and re.search("T4 +16 +8.1 float32", text)
     assert "40% of the peak is assumed, not measured" in text and "1.5 GiB are spare" in text
+
+
+def test_a_smaller_batch_is_proposed_only_where_micro_batches_do_not_help():
+    found = plan(asked("mala", category="all"))
+    first, second = found.parts
+    parted, _ = plan(asked("mala", category="all", overrides={"micro_batch": 4})).parts
+    of_one = (first.activations - parted.activations) / first.phase.batch_size
+    room = first.fixed + (parted.activations + 4.5 * of_one) / GIB
+    assert _too_small(found, 0, Card("four", room, 1.0)) == "too small for stage1: --set micro_batch=4 fits"
+    tight = Card("tight", second.memory - 1e-6, 1.0)  # the second stage has none
+    assert _too_small(found, 1, tight) == f"too small for stage2: --set batch_size={second.largest_batch(tight)} fits"
+    small = Card("small", first.fixed + 0.9 * parted.activations / GIB, 1.0)
+    assert re.search("stage1: --set stage1_batch_size=[1-9]", _too_small(found, 0, small))
 
 
 # --- the command ------------------------------------------------------------------------------------------------------

@@ -102,7 +102,7 @@ def test_a_killed_run_of_two_is_resumed_and_has_the_metrics_of_one(toy_root, tmp
     command = ["run", "mala", "--data-root", str(toy_root), "--preset", "smoke"]
     command += ["--device", "cpu", "--set", "stage1_epochs=20", "--out", str(out)]
     both = together(["-c", OFTEN, *command], tmp_path)
-    state, patience = out / ".run" / "state.pt", time.monotonic() + 100
+    state, patience = out / ".run" / "state.pt", time.monotonic() + 250
     while not state.exists() and both[0].poll() is None and time.monotonic() < patience:
         time.sleep(0.01)
     for process in both:

@@ -22,7 +22,7 @@ TRAININGS = {
     "mala": ("mala", {"stage1_batch_size": 8, "batch_size": 10, "stage1_epochs": 5, "epochs": 5}),
     "mala in parts": ("mala", {"stage1_batch_size": 8, "micro_batch": 3, "stage1_epochs": 5, "pipeline": "recon"}),
     "vitmem": ("vitmem", {"batch_size": 10, "epochs": 5, "lr": 1e-6, "shrink": 0.0}),
-    "ssltok": ("ssltok", {"batch_size": 10, "epochs": 5}),
+    "ssltok": ("ssltok", {"batch_size": 8, "epochs": 5, "lr": 1e-5}),
     "anovit": ("anovit", {"batch_size": 8, "epochs": 5, "lr": 1e-5, "val_fraction": 0.25, "decoder_norm": "batch"}),
 }
 

@@ -206,7 +206,8 @@ def as_text(plans: Sequence[Plan]) -> str:
             "GiB": f"{card.memory:g}",
             "peak, TFLOP/s": f"{card.tflops:g} {card.dtype}",
             "time": duration(sum(plan.seconds(card) for plan in plans)),
-            "memory": "; ".join(filter(None, (_too_small(part, card, request) for part in parts))) or "fits",
+            "memory": "; ".join(filter(None, (_too_small(first, number, card) for number in range(len(parts)))))
+            or "fits",
         }
         for card in CARDS
     ]
@@ -220,14 +221,31 @@ def as_text(plans: Sequence[Plan]) -> str:
     return "\n".join(lines)
 
 
-def _too_small(part: Part, card: Card, request: Request) -> str:
+def _too_small(found: Plan, number: int, card: Card) -> str:
     """What is too large for a card, and which setting helps; nothing where all of it fits."""
+    part, settings = found.parts[number], found.request.settings
     if part.memory <= card.memory:
         return ""
     own = f"{part.phase.name}_batch_size"
-    setting, largest = own if own in request.settings else "batch_size", part.largest_batch(card)
+    setting, largest = "micro_batch", _micro_batch(found, number, card)  # rather than a batch that trains otherwise
+    if not largest:
+        setting, largest = own if own in settings else "batch_size", part.largest_batch(card)
     mend = f"--set {setting}={largest} fits" if largest else "so is it with any batch; a smaller network may fit"
     return f"too small for {part.phase.name}: {mend}"
+
+
+def _micro_batch(found: Plan, number: int, card: Card) -> int:
+    """Largest of the sizes of `micro_batch` with which a phase fits a card; 0 where none does, or where it has no such.
+
+    One part of the batch at a time holds what it needs, beside what is kept of all of them.
+    """
+    if found.request.settings.get("micro_batch") != 0:
+        return 0
+    part, sizes = found.parts[number], (16, 8, 4, 2, 1)
+    kept = plan(found.request.override(micro_batch=sizes[0])).parts[number].activations  # little depends on the size
+    of_one = (part.activations - kept) / part.phase.batch_size
+    fits = [n for n in sizes if of_one > 0 and part.fixed + (kept + n * of_one) / GIB <= card.memory]
+    return fits[0] if fits else 0
 
 
 def counter() -> FlopCounterMode:

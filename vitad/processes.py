@@ -162,9 +162,8 @@ class Processes:
         if self.number == 1:
             yield
             return
-        _as_one(
-            [t for t in model.state_dict().values() if t.is_floating_point()], partial(distributed.broadcast, src=0)
-        )
+        numbers = [t for t in model.state_dict().values() if t.is_floating_point()]
+        _as_one(numbers, partial(distributed.broadcast, src=0))
         for layer in model.modules():
             if isinstance(layer, nn.modules.batchnorm._BatchNorm):
                 layer.forward = _WholeBatchNorm(layer, self)  # type: ignore[method-assign]
