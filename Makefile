@@ -9,7 +9,7 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 # Notebooks run with this environment's Python, never with a kernel that a user has installed elsewhere.
 export JUPYTER_PREFER_ENV_PATH := 1
 
-.PHONY: help env book notebooks readme test robust processors bench clean
+.PHONY: help env book notebooks readme test robust processors bench gpu clean
 
 # Everything that was set on the command line, quoted; the scripts refuse names that they do not know.
 GIVEN = $(foreach name,$(filter-out PYTHON TORCH_INDEX,$(.VARIABLES)),\
@@ -28,6 +28,8 @@ help:
 	@echo "make readme     write the lists of methods and data sets into README.md"
 	@echo "make processors make the book's own runs again under other arithmetic, for the metrics to expect   ONLY='anovit mala'"
 	@echo "make bench      time the metrics, the damage synthesis and the training steps of vitmem and mala"
+	@echo "make gpu        what only a GPU can tell: its tests, step times, the runs of the paper presets; ends after nine minutes,"
+	@echo "                and the same call goes on   MINUTES="
 	@echo "make env        only install into $(VENV)"
 	@echo "make clean      remove everything built, except $(VENV)"
 
@@ -79,6 +81,9 @@ bench: $(READY)
 	$(PY) benchmarks/synthesis.py
 	$(PY) benchmarks/vitmem.py
 	$(PY) benchmarks/mala.py
+
+gpu: $(READY)
+	@$(PY) benchmarks/gpu.py $(if $(MINUTES),--minutes $(MINUTES))
 
 clean:
 	rm -rf book/_build notebooks/runs .pytest_cache .ruff_cache .mypy_cache
