@@ -96,11 +96,12 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+@pytest.mark.timeout(900)  # four starts of Python, where others may use the processor
 def test_a_killed_run_of_two_is_resumed_and_has_the_metrics_of_one(toy_root, tmp_path, capsys):
     """kill -9 of both, then `accelerate launch` of the same run; then the same by one process."""
     out, alone = tmp_path / "two", tmp_path / "one"
     command = ["run", "mala", "--data-root", str(toy_root), "--preset", "smoke"]
-    command += ["--device", "cpu", "--set", "stage1_epochs=20", "--out", str(out)]
+    command += ["--device", "cpu", "--set", "stage1_epochs=8", "--out", str(out)]
     both = together(["-c", OFTEN, *command], tmp_path)
     state, patience = out / ".run" / "state.pt", time.monotonic() + 250
     while not state.exists() and both[0].poll() is None and time.monotonic() < patience:
@@ -110,7 +111,7 @@ def test_a_killed_run_of_two_is_resumed_and_has_the_metrics_of_one(toy_root, tmp
         assert process.wait() == -signal.SIGKILL, (tmp_path / "log-0").read_text()
     assert {p.name for p in out.iterdir()} == {".run"}
     at = torch.load(state, weights_only=True)["at"]
-    assert at["phase"] == 0 and at["epoch"] < 20
+    assert at["phase"] == 0 and at["epoch"] < 8
 
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(TESTS.parent), *sys.path])}
