@@ -61,6 +61,7 @@ CHANGES = {
     "patchknn pretrained=True": {"backbone", "bank"},
     "patchknn sampling=coreset": {"bank"},
     "patchknn rotations": {"bank"},
+    "patchknn rotations_x8": {"bank"},
     "patchknn large": {"backbone", "bank"},  # random weights are drawn after those of the places, which are more
 }
 

@@ -72,7 +72,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 # Each adds one idea of AnomalyDINO to the presets that lack it.
 VARIANTS: dict[str, dict[str, Any]] = {
     "full": {},
-    "rotations": {"rotations": 8},
+    "rotations": {"rotations": 8},  # in a bank of the same size, an eighth for each direction
+    "rotations_x8": {"rotations": 8, "bank_size": 320_000},  # as many patches of each direction as `full` has of one
     "masking": {"mask": "pca"},
     "large": {"image_size": 448},
 }
