@@ -1,6 +1,7 @@
 """What several test files share: small copies of the embedded data set and weights, made once a session."""
 
 import pytest
+import torch
 
 from vitad import data
 from vitad.data.dataset import _load
@@ -27,6 +28,14 @@ def pytest_collection_modifyitems(items):
 def no_images_in_memory():
     """Each test decodes its images itself."""
     _load.cache_clear()
+
+
+@pytest.fixture
+def elsewhere(monkeypatch):
+    """A device that is not the CPU for `vitad.data.samples`, though its tensors stay there."""
+    monkeypatch.setattr("vitad.data.samples.to_device", lambda tensor, device: tensor)
+    monkeypatch.setattr("vitad.data.samples.ImageSet._on", lambda images, device: None)
+    return torch.device("meta")
 
 
 @pytest.fixture(scope="session")

@@ -277,7 +277,7 @@ class TestSamples:
         assert [t.dtype for t in images._on(meta)] == [torch.uint8, torch.bool, torch.int64]
         assert images._on(CPU) is None
 
-    def test_threads_make_the_next_batches_in_order(self):
+    def test_threads_make_the_next_batches_in_order(self, elsewhere):
         """On the CPU there are none, and nothing is made before it is asked for."""
         made, damaged = [], []
 
@@ -291,7 +291,7 @@ class TestSamples:
             return {"image": 10 * number + batch["image"]}
 
         parts = [[k] for k in range(10)]
-        ahead = samples._made_ahead(Images(), parts, CPU, damage)
+        ahead = samples.batches(Images(), parts, elsewhere, damage)
         first = next(ahead)
         deadline = time.monotonic() + 60
         while len(damaged) < samples.AHEAD + 1 and time.monotonic() < deadline:
@@ -308,15 +308,15 @@ class TestSamples:
         next(plain), next(plain)
         assert made == [(part, "cpu", threading.main_thread()) for part in parts[:2]] and len(damaged) == 10
 
-    def test_what_a_thread_cannot_make_is_raised(self):
+    def test_what_a_thread_cannot_make_is_raised(self, elsewhere):
         class Images:
             def batch(self, part, device="cpu"):
-                if part == 3:
+                if part == [3]:
                     raise OSError("gone")
                 return {}
 
         with pytest.raises(OSError, match="gone"):
-            list(samples._made_ahead(Images(), range(20), CPU))
+            list(samples.batches(Images(), [[k] for k in range(20)], elsewhere))
 
     def test_a_changed_image_is_decoded_anew(self, toy_root, cache, tmp_path):
         path = tmp_path / "image.bmp"  # of the same size for any content

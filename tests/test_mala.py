@@ -463,11 +463,13 @@ def test_of_each_category_exactly_64_of_80_images_are_damaged_others_in_every_ep
 
 
 @pytest.mark.parametrize("mode", ["global", "both"])
-def test_damage_that_is_made_ahead_is_the_same(mode, gears, monkeypatch):
+def test_damage_that_is_made_ahead_is_the_same(mode, gears, elsewhere, monkeypatch):
     """As with a GPU: by threads, on the host, from the seeds that the losses would have drawn."""
     found = []
-    for made_by in (samples.batches, samples._made_ahead):
-        monkeypatch.setattr(training, "batches", made_by)
+    for device in (CPU, elsewhere):
+        monkeypatch.setattr(
+            training, "batches", lambda images, parts, _, *given, on=device: samples.batches(images, parts, on, *given)
+        )
         model, seeds = make(mode=mode, batch_size=5), []
         model.prepare(gears.train, CPU)
         damaged = model.damaged

@@ -189,8 +189,8 @@ def test_the_batch_that_is_proposed_fits_and_a_larger_one_does_not():
 
 def test_a_page_says_what_is_too_small_and_which_setting_helps(monkeypatch):
     found = plan(asked("mala", category="all"))
-    first, second = found.parts
-    between = Card("between", (first.memory + second.memory) / 2, 100.0)
+    parted = plan(asked("mala", category="all", overrides={"micro_batch": 1}))
+    between = Card("between", (found.parts[0].memory + parted.parts[0].memory) / 2, 100.0)
     monkeypatch.setattr("vitad.plan.CARDS", (*CARDS, between, Card("tiny", 1.0, 100.0)))
     text = as_text([found])
     assert re.search(r"between .* too small for stage1: --set micro_batch=(8|4|2|1) fits\n", text)

@@ -456,7 +456,7 @@ def test_the_damage_of_each_image_has_half_of_the_weight_unless_it_is_tiny(gears
     t, t_a, t_m = torch.randn(3, 5, 16, 64)
     model.pairs = lambda batch: (t, t_a, t_m, M)
     with torch.no_grad():
-        loss = model.losses({})["segmentation"].item()
+        loss = model.losses({"image": M})["segmentation"].item()
         p = model.segment(t_a, model.reconstruction(t_a), t_m).double().numpy()
     each = []
     for q, m in zip(p, M.numpy(), strict=True):

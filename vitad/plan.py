@@ -28,7 +28,7 @@ from vitad.methods.base import Method
 from vitad.papers.estimates import duration
 from vitad.runs import Request
 from vitad.settings import resolve
-from vitad.training import Phase
+from vitad.training import Phase, autocast
 
 GIB = 2**30
 SHARE = 0.4  # of a card's peak that is taken for reached: what is usual for a large ViT
@@ -325,6 +325,7 @@ def _kept_by(optimizer: Callable[..., torch.optim.Optimizer]) -> int:
 @lru_cache(maxsize=32)
 def _counted(method: str, settings: Any) -> tuple[Method, list[Part], int]:
     """(model without numbers, its phases, multiply-adds of an image at inference)"""
+    autocast(torch.device("cpu"), True)  # may measure, once; that is not to be counted
     if "mode" in {field.name for field in fields(settings)}:
         settings = replace(settings, mode="global")  # where the object is, only its pixels say
     with torch.device("meta"):

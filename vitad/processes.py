@@ -46,6 +46,7 @@ class Share:
 
     @property
     def rows(self) -> slice:
+        """They, of the whole batch."""
         return slice(self.first, self.last)
 
 
