@@ -19,12 +19,14 @@ _MODELS = (
     "set elsewhere; mala: all in one model"
 )
 
+SHOWN = 20  # predictions in the terminal
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status.
 
-    0, or 1 where data differ from what is published or runs of a table failed; 2 after a user's mistake; 130 after
-    Ctrl-C.
+    0, or 1 where data differ from what is published, runs of a table failed or an image could not be read; 2 after a
+    user's mistake; 130 after Ctrl-C.
     """
     args = _parser().parse_args(argv)
     try:
@@ -96,6 +98,22 @@ def _compare(args: argparse.Namespace) -> None:
 
     compare(args.runs, args.out, args.data_root)
     print(f"sheet: {args.out}")
+
+
+def _predict(args: argparse.Namespace) -> int:
+    from vitad.predict import predict
+
+    found = predict(args.run, args.images, args.out, args.false_alarms, args.threshold, args.good or (), args.device)
+    for path in found.unreadable:
+        print(f"vitad: not readable, passed over: {path}", file=sys.stderr)
+    for image in found.images[:SHOWN]:
+        print(f"{'defective' if image.defective else 'good':<9} {image.score:10.4g}  {image.path}")
+    if (more := len(found.images) - SHOWN) > 0:
+        print(f"... {more} more, with lower scores")
+    print(f"{sum(image.defective for image in found.images)} of {len(found.images)} images are called defective")
+    print(f"threshold: {found.threshold}")
+    print(f"report: {Path(args.out) / 'report.html'}")
+    return 1 if found.unreadable else 0
 
 
 def _table(args: argparse.Namespace) -> int:
@@ -267,6 +285,26 @@ def _add_runs(commands: Any) -> None:
     show.add_argument("out", metavar="DIR")
     show.set_defaults(action=_show)
 
+    new = commands.add_parser("predict", help="score new images with a finished run; write verdicts and a report")
+    new.add_argument("run", metavar="RUN", help="folder of the run")
+    new.add_argument("images", nargs="+", metavar="IMAGES", help="files, or folders that hold some")
+    new.add_argument(
+        "--false-alarms",
+        type=float,
+        default=0.05,
+        metavar="SHARE",
+        help="of good images that may be called defective (default %(default)s)",
+    )
+    new.add_argument("--threshold", type=float, metavar="SCORE", help="instead of the one for that share")
+    new.add_argument(
+        "--good",
+        nargs="+",
+        metavar="IMAGES",
+        help="good ones that were not trained on, for the threshold; default: those of the run's test set",
+    )
+    new.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    new.add_argument("--out", default="predictions", metavar="DIR", help="what is written (default %(default)s)")
+    new.set_defaults(action=_predict)
     sheet = commands.add_parser("compare", help="draw the same test images as several runs see them")
     sheet.add_argument("runs", nargs="+", metavar="DIR", help="folders of finished runs of one data set and split")
     sheet.add_argument("--data-root", metavar="DIR", help="folder of the data set")

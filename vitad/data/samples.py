@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import torch.utils.data
 from numpy import ndarray
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
@@ -182,6 +182,7 @@ class ImageSet(torch.utils.data.Dataset):
             record = records[i]
             try:
                 with Image.open(record.path) as image:
+                    ImageOps.exif_transpose(image, in_place=True)  # as a photograph is looked at
                     natural = image.size
                     if target is not None:
                         target[i] = _to_uint8(image, "L" if grey else "RGB", (W, H))
@@ -231,7 +232,7 @@ class ImageSet(torch.utils.data.Dataset):
 
     def _cache_file(self, records: Sequence[Record], shape: tuple[int, ...]) -> Path:
         stats = [(str(r.path), r.path.stat().st_size, r.path.stat().st_mtime_ns) for r in records]
-        key = hashlib.sha256(repr((stats, shape)).encode()).hexdigest()[:24]
+        key = hashlib.sha256(repr((stats, shape, "upright")).encode()).hexdigest()[:24]
         return cache_dir() / "images" / f"{key}.npy"
 
 
