@@ -48,7 +48,7 @@ $(READY): pyproject.toml constraints.txt
 	  index="--extra-index-url $(TORCH_INDEX)"; \
 	fi; \
 	echo "Installing into $(VENV), about 2 GB: two minutes or more $${index:+(torch from $(TORCH_INDEX))}"; \
-	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt $$index torch torchvision -e ".[book,test,offline,sweep,multi]"
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt $$index torch torchvision -e ".[book,test,offline,sweep,export,multi]"
 	@touch $@
 
 book: $(READY)

@@ -116,6 +116,14 @@ def _predict(args: argparse.Namespace) -> int:
     return 1 if found.unreadable else 0
 
 
+def _export(args: argparse.Namespace) -> None:
+    from vitad.export import EXAMPLE, to_onnx
+
+    out = to_onnx(args.run, args.out or f"{Path(args.run).resolve().name}.onnx", args.false_alarms, args.good or ())
+    print(f"{out}: {out.stat().st_size / 2**20:.1f} MiB, the same maps and scores as torch")
+    print(f"To use it with onnxruntime, numpy and pillow alone:\n\n{EXAMPLE}", end="")
+
+
 def _table(args: argparse.Namespace) -> int:
     from vitad import data, runs
     from vitad.papers import cells, estimates, layout, tables
@@ -251,6 +259,22 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_alarms(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--false-alarms",
+        type=float,
+        default=0.05,
+        metavar="SHARE",
+        help="of good images that may be called defective (default %(default)s)",
+    )
+    parser.add_argument(
+        "--good",
+        nargs="+",
+        metavar="IMAGES",
+        help="good ones that were not trained on, for the threshold; default: those of the run's test set",
+    )
+
+
 def _add_runs(commands: Any) -> None:
     """`list`, `plan`, `run`, `show` and `compare`."""
     overview = commands.add_parser("list", help="list methods with their presets, data sets and tables")
@@ -288,23 +312,17 @@ def _add_runs(commands: Any) -> None:
     new = commands.add_parser("predict", help="score new images with a finished run; write verdicts and a report")
     new.add_argument("run", metavar="RUN", help="folder of the run")
     new.add_argument("images", nargs="+", metavar="IMAGES", help="files, or folders that hold some")
-    new.add_argument(
-        "--false-alarms",
-        type=float,
-        default=0.05,
-        metavar="SHARE",
-        help="of good images that may be called defective (default %(default)s)",
-    )
+    _add_alarms(new)
     new.add_argument("--threshold", type=float, metavar="SCORE", help="instead of the one for that share")
-    new.add_argument(
-        "--good",
-        nargs="+",
-        metavar="IMAGES",
-        help="good ones that were not trained on, for the threshold; default: those of the run's test set",
-    )
     new.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     new.add_argument("--out", default="predictions", metavar="DIR", help="what is written (default %(default)s)")
     new.set_defaults(action=_predict)
+    file = commands.add_parser("export", help="write the model of a finished run as a file that needs no torch")
+    file.add_argument("run", metavar="RUN", help="folder of the run")
+    file.add_argument("--to", choices=("onnx",), default="onnx", help="format (default %(default)s)")
+    _add_alarms(file)
+    file.add_argument("--out", metavar="FILE", help="default: named after the run's folder")
+    file.set_defaults(action=_export)
     sheet = commands.add_parser("compare", help="draw the same test images as several runs see them")
     sheet.add_argument("runs", nargs="+", metavar="DIR", help="folders of finished runs of one data set and split")
     sheet.add_argument("--data-root", metavar="DIR", help="folder of the data set")

@@ -153,21 +153,11 @@ def predict(
     if out.exists() and not (out / "predictions.json").exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} holds files that are no predictions. Give another folder with --out.")
     files = list(_files(images))
-    known = read_maps(run)
     model = load_model(run, device)
-    found: list[Prediction] = []
-    unreadable: list[str] = []
-    if good:
-        held_out = list(_scored(model, list(_files(good)), device))
-        unreadable += [str(path) for path, _, grid in held_out if grid is None]
-        good_scores = np.array([value for _, value, grid in held_out if grid is not None])
-        peaks = np.array([grid.max() for _, _, grid in held_out if grid is not None])
-    else:
-        good_scores, peaks = known["scores"][known["labels"] == 0], known["maps"][known["labels"] == 0].max((1, 2))
-    by_good = Threshold.of_good(good_scores, false_alarms)
+    by_good, of_region, unreadable = thresholds(run, model, false_alarms, good, device)
     of_score = by_good if threshold is None else Threshold(threshold)
-    of_region = Threshold.of_good(peaks, false_alarms)
-    limits = heat_range(known["maps"])
+    limits = heat_range(read_maps(run)["maps"])
+    found: list[Prediction] = []
 
     with _replaced(out) as folder:
         (folder / "pictures").mkdir()
@@ -183,6 +173,25 @@ def predict(
         predictions = Predictions(tuple(found), of_score, of_region, tuple(unreadable))
         _write(predictions, record, folder)
     return predictions
+
+
+def thresholds(
+    run: str | Path, model: Method, false_alarms: float, good: Sequence[str | Path] = (), device: str = "auto"
+) -> tuple[Threshold, Threshold, list[str]]:
+    """Those of the score and of the map's highest value, and which of the good images cannot be read.
+
+    Parameters as in `predict`; `model` is that of the run.
+    """
+    unreadable = []
+    if good:
+        held_out = list(_scored(model, list(_files(good)), device))
+        unreadable = [str(path) for path, _, grid in held_out if grid is None]
+        scores = np.array([value for _, value, grid in held_out if grid is not None])
+        peaks = np.array([grid.max() for _, _, grid in held_out if grid is not None])
+    else:
+        known = read_maps(run)
+        scores, peaks = known["scores"][known["labels"] == 0], known["maps"][known["labels"] == 0].max((1, 2))
+    return Threshold.of_good(scores, false_alarms), Threshold.of_good(peaks, false_alarms), unreadable
 
 
 def _files(images: Sequence[str | Path]) -> Iterator[Path]:

@@ -8,6 +8,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 
 import torch
 
@@ -28,6 +29,12 @@ def seed_of(seed: int, *purpose: str | int) -> int:
 def generator(seed: int, *purpose: str | int) -> torch.Generator:
     """A generator for the random choices of one purpose, on the CPU, so that every device has the same ones."""
     return torch.Generator().manual_seed(seed_of(seed, *purpose))
+
+
+@lru_cache
+def fixed_order(n: int) -> torch.Tensor:
+    """(n,) the whole numbers below n, shuffled in one way for good: for scores, which have to repeat."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(0))
 
 
 def next_seed(random: torch.Generator | None = None) -> int:

@@ -32,7 +32,7 @@ from vitad.errors import UserError
 from vitad.files import read_safetensors, sha256
 from vitad.methods.base import Method
 from vitad.processes import drawn
-from vitad.randomness import next_seed, seed_of, seeded
+from vitad.randomness import fixed_order, next_seed, seed_of, seeded
 from vitad.training import Phase, in_parts, warm_up_then_cosine
 from vitad.transfer import to_device
 
@@ -245,7 +245,7 @@ class Model(Method):
         z = z + e.pos_embed[:, 1:]
         if visible is not None:
             z = z.gather(1, visible[..., None].expand(-1, -1, z.shape[2]))  # (B,n,D_e)
-        z_cls = (e.cls_token + e.pos_embed[:, :1]).expand(len(z), -1, -1)
+        z_cls = (e.cls_token + e.pos_embed[:, :1]).expand(z.shape[0], -1, -1)
         z = e.norm_pre(torch.cat([z_cls, z], 1))  # (B,1+n,D_e)
         first = e.blocks[0](z)
         last = e.norm(e.blocks[1:](first))  # Eq. 1
@@ -411,9 +411,9 @@ class Model(Method):
         passes: list[Tensor | None] = [None]  # all patches visible at once
         if self.settings.recon_passes == "complementary":  # every patch is visible in one pass
             N = self.encoder.patch_embed.num_patches
-            order = torch.randperm(N, generator=torch.Generator().manual_seed(0)).to(images.device)
+            order = fixed_order(N).to(images.device)
             parts = order.split(n_visible(N, self.settings.mask_ratio))
-            passes = [part.expand(len(images), -1) for part in parts]  # (B,n) each
+            passes = [part.expand(images.shape[0], -1) for part in parts]  # (B,n) each
         errors = [(images - self.reconstruct(images, visible)).abs().mean(1) for visible in passes]
         return torch.stack(errors).mean(0)
 

@@ -37,7 +37,7 @@ from vitad.data.synthesis import Synthesis, foreground_mask, textures_used
 from vitad.errors import UserError
 from vitad.methods.base import Method
 from vitad.processes import drawn
-from vitad.randomness import generator, next_seed, seed_of, seeded
+from vitad.randomness import fixed_order, generator, next_seed, seed_of, seeded
 from vitad.training import Phase, autocast, warm_up_then_cosine
 from vitad.transfer import to_device
 
@@ -478,7 +478,7 @@ class Model(Method):
         """Tokens (B,N,D), each predicted while a random part of all tokens, itself among them, is hidden from R."""
         assert self.reconstruction is not None, "reconstruct is on"
         B, N, _ = t_a.shape
-        order = torch.randperm(N, generator=torch.Generator().manual_seed(0)).to(t_a.device)
+        order = fixed_order(N).to(t_a.device)
         predicted = torch.empty_like(t_a)
         for part in order.chunk(self.settings.hidden_parts):
             masked = torch.zeros(B, N, dtype=torch.bool, device=t_a.device)
