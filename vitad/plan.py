@@ -239,9 +239,9 @@ def _micro_batch(found: Plan, number: int, card: Card) -> int:
 
     One part of the batch at a time holds what it needs, beside what is kept of all of them.
     """
-    if found.request.settings.get("micro_batch") != 0:
-        return 0
     part, sizes = found.parts[number], (16, 8, 4, 2, 1)
+    if found.request.settings.get("micro_batch") != 0 or part.fixed > card.memory:
+        return 0
     kept = plan(found.request.override(micro_batch=sizes[0])).parts[number].activations  # little depends on the size
     of_one = (part.activations - kept) / part.phase.batch_size
     fits = [n for n in sizes if of_one > 0 and part.fixed + (kept + n * of_one) / GIB <= card.memory]
