@@ -9,7 +9,7 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 # Notebooks run with this environment's Python, never with a kernel that a user has installed elsewhere.
 export JUPYTER_PREFER_ENV_PATH := 1
 
-.PHONY: help env book notebooks readme test robust processors bench gpu clean
+.PHONY: help env book zip notebooks readme facts test robust processors bench gpu clean
 
 # Everything that was set on the command line, quoted; the scripts refuse names that they do not know.
 GIVEN = $(foreach name,$(filter-out PYTHON TORCH_INDEX,$(.VARIABLES)),\
@@ -18,14 +18,17 @@ GIVEN = $(foreach name,$(filter-out PYTHON TORCH_INDEX,$(.VARIABLES)),\
 help:
 	@echo "make book       install into $(VENV), run every notebook, build the HTML book"
 	@echo "                PRESET= DATASET= CATEGORY= DATA_ROOT= SPLIT= SEED= DEVICE= WEIGHTS=   for all notebooks"
+	@echo "                REPOSITORY= SITE=   where the source and the pages are published, instead of book/facts.yml"
 	@echo "                OVERRIDES='lr=1e-4 epochs=3'   settings that differ from the preset, for all notebooks"
 	@echo "                JOBS=           notebooks that run at a time"
+	@echo "make zip        pack the pages that make book has built: book.zip opens offline"
 	@echo "make test       install into $(VENV), run the linters, the tests and the notebooks as committed"
 	@echo "make robust     run the notebooks under other arithmetic, and with the smallest preset on real images"
 	@echo "                SETTINGS='avx2 default'   these   ONLY='anovit mala'   these notebooks   JOBS="
 	@echo "make notebooks  execute the committed notebooks that lag behind the library or the records"
 	@echo "                ONLY='anovit mala'   these   ALL=1   all   JOBS=   notebooks that run at a time"
 	@echo "make readme     write the lists of methods and data sets into README.md"
+	@echo "make facts      write CITATION.cff, .zenodo.json and codemeta.json from book/facts.yml"
 	@echo "make processors make the book's own runs again under other arithmetic, for the metrics to expect   ONLY='anovit mala'"
 	@echo "make bench      time the metrics, the damage synthesis and the training steps of vitmem and mala"
 	@echo "make gpu        what only a GPU can tell: its tests, step times, the runs of the paper presets; ends after nine minutes,"
@@ -54,11 +57,17 @@ $(READY): pyproject.toml constraints.txt
 book: $(READY)
 	@$(PY) book/build.py $(GIVEN)
 
+zip: $(READY)
+	@cd book/_build && rm -f book.zip && $(abspath $(PY)) -m zipfile -c book.zip html && echo $(CURDIR)/book/_build/book.zip
+
 notebooks: $(READY)
 	@$(PY) book/notebooks.py $(GIVEN)
 
 readme: $(READY)
 	@$(PY) book/readme.py
+
+facts: $(READY)
+	@$(PY) book/facts.py
 
 test: export OMP_NUM_THREADS = 1
 test: $(READY)

@@ -1,13 +1,15 @@
 """Run every notebook with papermill's parameters, then build the HTML book from the executed copies.
 
     python book/build.py [JOBS=2] [PRESET=paper] [DATASET=mt] [DATA_ROOT=DIR] [SPLIT=] [CATEGORY=] [SEED=] [DEVICE=]
-        [WEIGHTS=FILE] [OVERRIDES="lr=1e-4 epochs=3"]
+        [WEIGHTS=FILE] [OVERRIDES="lr=1e-4 epochs=3"] [REPOSITORY=https://...] [SITE=https://...]
 
 The committed notebooks are read, never written (book/notebooks.py writes them). Under book/_build come
     work/NAME-RUN/            where a notebook runs, and so its `out_dir = "runs"`; RUN hashes library and parameters
     executed/NAME-KEY.ipynb   a finished notebook; KEY hashes the notebook as well, and what is unchanged is not rerun
     source/                   the book's source, with the executed notebooks in place of the committed ones
     html/index.html           the pages
+
+REPOSITORY and SITE stand in for those of book/facts.yml: where the source is, and where the pages will be.
 """
 
 import hashlib
@@ -17,8 +19,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nbformat
 import yaml
 from execution import BUILD, ROOT, Task, execute_all, options, whole_number
+from facts import address, facts, installing_cell, published, repository
 
 
 def path(text: str) -> str:
@@ -49,6 +53,8 @@ TYPES = {
     "weights": weights,
     "overrides": overrides,
     "jobs": whole_number,
+    "repository": repository,
+    "site": address,
 }
 
 
@@ -81,13 +87,14 @@ def run_notebooks(parameters: dict, jobs: int | None) -> dict[Path, Path]:
     return executed
 
 
-def build_html(executed: dict[Path, Path]) -> None:
+def build_html(executed: dict[Path, Path], about: dict) -> None:
     """Jupyter Book over a copy of the source; warnings are errors, and every page of the contents must be there."""
     source, html = BUILD / "source", BUILD / "html"
     for folder in (source, html, BUILD / ".doctrees"):  # a page that is not built again does not warn again
         shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(ROOT / "book", source / "book", ignore=shutil.ignore_patterns("_build", "__pycache__"))
-    shutil.copy(ROOT / "_config.yml", source)
+    config = published(yaml.safe_load((ROOT / "_config.yml").read_text()), about)
+    (source / "_config.yml").write_text(yaml.safe_dump(config, sort_keys=False))
     if (ROOT / "results").exists():
         shutil.copytree(ROOT / "results", source / "results")
     (source / "notebooks").mkdir()
@@ -105,10 +112,29 @@ def build_html(executed: dict[Path, Path]) -> None:
     missing = [page for page in pages if not (html / f"{page}.html").exists()]
     if missing:
         sys.exit(f"book: {len(missing)} of {len(pages)} pages are missing: {', '.join(missing)}")
+    (html / ".nojekyll").touch()  # or GitHub Pages would leave out folders such as _static
+    if about["site"]:
+        (html / "robots.txt").write_text(f"User-agent: *\nAllow: /\nSitemap: {about['site']}/sitemap.xml\n")
+    if about["repository"]:
+        write_for_colab(executed, about, html / "colab")
     print(f"book: {len(pages)} pages of {len(pages)} in the contents\n{html / 'index.html'}")
+
+
+def write_for_colab(executed: dict[Path, Path], about: dict, folder: Path) -> None:
+    """The notebooks with a first cell that installs the library, and without outputs."""
+    folder.mkdir()
+    for notebook, done in executed.items():
+        nb = nbformat.read(done, 4)
+        nb.metadata.pop("widgets", None)
+        for cell in nb.cells:
+            if cell.cell_type == "code":
+                cell.outputs, cell.execution_count = [], None
+        nb.cells.insert(0, nbformat.v4.new_code_cell(installing_cell(about), id="install"))
+        nbformat.write(nb, folder / notebook.name)
 
 
 if __name__ == "__main__":
     parameters = options("book", sys.argv[1:], TYPES)
     jobs = parameters.pop("jobs", None)
-    build_html(run_notebooks(parameters, jobs))
+    about = facts(**{name: parameters.pop(name) for name in ("repository", "site") if name in parameters})
+    build_html(run_notebooks(parameters, jobs), about)

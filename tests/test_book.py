@@ -102,6 +102,8 @@ def tree(tmp_path):
     toc = {"format": "jb-book", "root": "book/page", "parts": [{"caption": "All", "chapters": chapters}]}
     (tmp_path / "book" / "_toc.yml").write_text(yaml.safe_dump(toc))
     (tmp_path / "notebooks").mkdir()
+    (tmp_path / "results").mkdir()
+    shutil.copy(ROOT / "results" / "intro.png", tmp_path / "results")
     return tmp_path
 
 
@@ -121,6 +123,8 @@ class ForeignParts(HTMLParser):
     def handle_starttag(self, tag, attributes):
         given = dict(attributes)
         address = given.get("href" if tag == "link" else "src") or ""
+        if given.get("rel") == "canonical":  # says where the page is, and fetches nothing
+            return
         if tag in ("script", "link", "img", "iframe", "source") and re.match(r"(https?:)?//", address):
             self.found.append(address)
 
@@ -152,7 +156,8 @@ def test_a_failing_notebook_stops_the_build_and_the_others_are_kept(tree):
     assert not list((tree / "notebooks").glob("*.txt")), "notebooks run in the build folder"
 
     notebook(tree / "notebooks" / "two.ipynb", "1 + 1")
-    mended = build(tree, *given)
+    places = ["REPOSITORY=https://github.com/someone/book", "SITE=https://someone.github.io/book"]
+    mended = build(tree, *given, *places)
     assert mended.returncode == 0, mended.stdout + mended.stderr
     assert "2 notebooks, 1 to run" in mended.stdout
     assert "4 pages of 4" in mended.stdout
@@ -167,6 +172,15 @@ def test_a_failing_notebook_stops_the_build_and_the_others_are_kept(tree):
     assert not [address for page in pages for address in ForeignParts(page).found]
     assert not [sheet for sheet in html.rglob("*.css") if re.search(r"url\(['\"]?(https?:)?//", sheet.read_text())]
 
+    page = (html / "notebooks" / "one.html").read_text()
+    assert "colab.research.google.com/github/someone/book/blob/gh-pages/colab/one.ipynb" in page
+    assert "mybinder.org/v2/gh/someone/book/main?urlpath=lab/tree/notebooks/one.ipynb" in page
+    assert re.search(r"To cite this page: .* version [\d.]+.*https://someone.github.io/book/notebooks/one.html", page)
+    assert re.search(r'property="og:image" content="https://someone.github.io/book/_images/.*png"', page)
+    assert "book/notebooks/one.html" in (html / "sitemap.xml").read_text()
+    assert 'href="/book/_static/' in (html / "404.html").read_text()
+    assert (html / "colab" / "one.ipynb").exists() and (html / ".nojekyll").exists()
+
     (tree / "book" / "page.md").write_text("# Page\n\n{cite:p}`lee2022anovit` [nowhere](nowhere.md)\n")
     warned = build(tree, *given)
     assert warned.returncode == 1 and "0 to run" in warned.stdout
@@ -180,6 +194,7 @@ def test_a_failing_notebook_stops_the_build_and_the_others_are_kept(tree):
         ("SEED=one", "SEED=one is not a whole number"),
         ("COLOUR=red", "unknown parameter"),
         ("OVERRIDES=lr", "OVERRIDES=lr is not a list such as"),
+        ("SITE=book", "SITE=book is not an address such as"),
     ],
 )
 def test_unknown_parameters_are_refused_before_anything_runs(tree, argument, message):

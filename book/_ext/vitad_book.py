@@ -4,9 +4,14 @@ A comment in a page under book/ is replaced while the book is built:
 
     <!-- claims -->                                      all claims of the book; a fallen one is an error
     <!-- claims chapter=comparison dataset=mvtec+mt -->  those of a chapter that rest on these data sets alone
+    <!-- data sets -->                                   a table of the data sets with their licences
+
+`vitad_facts` are those of book/facts.yml; every page then ends with how to cite it.
 """
 
+import html
 import re
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -27,6 +32,11 @@ def expand(app, docname, source):
 
     if docname.startswith("book/"):
         source[0] = MARKER.sub(replacement, source[0])
+    if "<!-- data sets -->" in source[0]:
+        sys.path.insert(0, str(root / "book"))
+        from readme import dataset_table
+
+        source[0] = source[0].replace("<!-- data sets -->", dataset_table())
 
 
 def list_of_claims(root, chapter=None, dataset=None):
@@ -64,7 +74,39 @@ def without_thebe(app, pagename, templatename, context, doctree):
     context["script_files"] = [s for s in scripts if "thebe" not in f"{s.filename}{s.attributes.get('body')}".lower()]
 
 
+def with_footer(app, pagename, templatename, context, doctree):
+    """How to cite the page, which version it is, and the licences."""
+    if not (f := app.config.vitad_facts):
+        return
+    title, version = re.sub("<[^>]+>", "", context.get("title", "")), f"version {f['version']}"
+    commit = f["commit"][:7]
+    if commit:
+        shown = f'<a href="{f["repository"]}/tree/{f["commit"]}">{commit}</a>' if f["repository"] else commit
+        version += f", commit {shown}"
+    where = html.escape(f"{f['site']}/{pagename}.html") if f["site"] else ""
+    where = f' <a href="{where}">{where}</a>.' if where else ""
+    licences = f'<a href="{context["pathto"]("book/licences")}">Licences</a> of text, code and photographs.'
+    context["theme_extra_footer"] = (
+        f"<p>To cite this page: {', '.join(f['authors'])} ({f['year']}). {html.escape(html.unescape(title))}. In "
+        f"<i>{html.escape(f['title'])}</i>, {version}.{where} {licences}</p>"
+    )
+
+
+def for_colab(app, pagename, templatename, context, doctree):
+    """The button opens the notebook that begins by installing the library; it is published beside the pages."""
+    f = app.config.vitad_facts
+    for group in context.get("header_buttons", []):
+        for button in group.get("buttons", []):
+            if button.get("text") == "Colab":
+                place = f["repository"].removeprefix("https://github.com/")
+                name = f"colab/{pagename.removeprefix('notebooks/')}.ipynb"
+                button["url"] = f"https://colab.research.google.com/github/{place}/blob/gh-pages/{name}"
+
+
 def setup(app):
+    app.add_config_value("vitad_facts", {}, "env")
+    app.connect("html-page-context", with_footer)
+    app.connect("html-page-context", for_colab, priority=900)
     app.connect("source-read", expand)
     app.connect("html-page-context", without_thebe, priority=900)
     return {"parallel_read_safe": True}
