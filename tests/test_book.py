@@ -137,6 +137,7 @@ def test_a_failing_notebook_stops_the_build_and_the_others_are_kept(tree):
         "open('trace.txt', 'w').write('ran')",
         CLAIM,
         progress,
+        "from IPython.display import HTML; HTML('<script>' + 'let x;' * 20_000 + '</script>')",
     )
     notebook(tree / "notebooks" / "two.ipynb", "def half(x):\n    return x / 0", "half(1)")
     committed = (tree / "notebooks" / "one.ipynb").read_bytes()
@@ -173,6 +174,8 @@ def test_a_failing_notebook_stops_the_build_and_the_others_are_kept(tree):
     assert not [sheet for sheet in html.rglob("*.css") if re.search(r"url\(['\"]?(https?:)?//", sheet.read_text())]
 
     page = (html / "notebooks" / "one.html").read_text()
+    (script,) = re.findall(r'<script src="../(_static/\w{12}.js)"></script>', page)
+    assert len(page) < 100_000 < len((html / script).read_text())
     assert "colab.research.google.com/github/someone/book/blob/gh-pages/colab/one.ipynb" in page
     assert "mybinder.org/v2/gh/someone/book/main?urlpath=lab/tree/notebooks/one.ipynb" in page
     assert re.search(r"To cite this page: .* version [\d.]+.*https://someone.github.io/book/notebooks/one.html", page)

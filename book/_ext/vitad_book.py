@@ -1,4 +1,4 @@
-"""Sphinx extension: claims in the pages of the book, and no script of another host.
+"""Sphinx extension: claims in the pages of the book, how to cite them, and their scripts.
 
 A comment in a page under book/ is replaced while the book is built:
 
@@ -9,6 +9,7 @@ A comment in a page under book/ is replaced while the book is built:
 `vitad_facts` are those of book/facts.yml; every page then ends with how to cite it.
 """
 
+import hashlib
 import html
 import re
 import sys
@@ -21,6 +22,7 @@ from vitad import claims, runs
 from vitad.data.dataset import JOIN
 from vitad.runs.request import hash_of
 
+INLINE, LARGE = re.compile(r"<script>(.*?)</script>", re.S), 100_000  # characters
 MARKER = re.compile(r"<!-- claims((?: \w+=[\w.+-]+)*) -->")
 
 
@@ -103,9 +105,26 @@ def for_colab(app, pagename, templatename, context, doctree):
                 button["url"] = f"https://colab.research.google.com/github/{place}/blob/gh-pages/{name}"
 
 
+def large_scripts_aside(app, pagename, templatename, context, doctree):
+    """Scripts that a cell has put into the page become files, so that browsers load them beside the page, and once."""
+
+    def aside(match):
+        if len(match[1]) < LARGE:
+            return match[0]
+        name = f"{hashlib.sha256(match[1].encode()).hexdigest()[:12]}.js"
+        folder = Path(app.outdir, "_static")
+        folder.mkdir(exist_ok=True)
+        (folder / name).write_text(match[1])
+        return f'<script src="{context["pathto"](f"_static/{name}", 1)}"></script>'
+
+    if "body" in context:
+        context["body"] = INLINE.sub(aside, context["body"])
+
+
 def setup(app):
     app.add_config_value("vitad_facts", {}, "env")
     app.connect("html-page-context", with_footer)
+    app.connect("html-page-context", large_scripts_aside)
     app.connect("html-page-context", for_colab, priority=900)
     app.connect("source-read", expand)
     app.connect("html-page-context", without_thebe, priority=900)
