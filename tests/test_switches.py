@@ -161,6 +161,12 @@ def test_pretrained_reads_the_weights(method, name, weights):
     assert make(method, weights).weights["source"] == "random"
 
 
+@each("method, name", ("padim", "pretrained"))
+def test_pretrained_reads_the_weights_of_a_cnn(method, name, cnn_weights):
+    _, other = changed(method, name, True, weights=cnn_weights)
+    assert other.weights["source"] == "file cnn.safetensors" and make(method, cnn_weights).weights["source"] == "random"
+
+
 @each("method, name", *((method, "image_size") for method in VITS))
 def test_the_grid_of_patches_follows_the_image_size(method, name):
     models = changed(method, name, 96)
@@ -190,6 +196,7 @@ def test_l2cae_has_another_layer_for_twice_the_size():
     ("ssltok", "sigma", 2.0),
     ("l2cae", "sigma", 2.0),
     ("patchknn", "sigma", 8.0),
+    ("padim", "sigma", 2.0),
 )
 def test_a_larger_sigma_makes_the_map_smoother(method, name, sigma, gears):
     usual, other = changed(method, name, sigma)
@@ -204,6 +211,9 @@ def test_a_larger_sigma_makes_the_map_smoother(method, name, sigma, gears):
     ("ssltok", "hidden_parts", 4, {}),
     ("ssltok", "remember", False, {}),
     ("patchknn", "blocks", (1,), {}),
+    ("padim", "strides", (8, 16), {}),
+    ("padim", "ridge", 1.0, {}),
+    ("padim", "shared", True, {}),
 )
 def test_settings_of_the_score_change_the_map(method, name, value, both, gears):
     usual, other = changed(method, name, value, **both)
@@ -704,6 +714,39 @@ def test_patchknn_reads_the_given_number_of_images_at_a_time(gears):
 
     usual, other = changed("patchknn", "batch_size", 5)
     assert [at_a_time(model) for model in (usual, other)] == [8, 5]
+
+
+@covers("padim", "backbone")
+def test_padim_can_take_another_cnn():
+    usual, other = changed("padim", "backbone", "test_efficientnet")
+    assert [model.backbone.channels for model in (usual, other)] == [[32, 48, 192], [24, 32, 48]]
+    assert make("padim", backbone="resnet18.tv_in1k").protocol.get("substitute") is None
+    assert other.protocol["substitute"] == "test_efficientnet for resnet18.tv_in1k"
+
+
+@each("method, name, value, shape", ("padim", "image_size", 96, (144, 20)), ("padim", "grid", 16, (16, 20)))
+def test_padim_has_a_gaussian_at_each_place_of_its_grid(method, name, value, shape):
+    assert [model.mean.shape for model in changed(method, name, value)] == [(64, 20), shape]
+
+
+@covers("padim", "channels")
+def test_padim_keeps_the_given_number_of_channels():
+    usual, other = changed("padim", "channels", 30)
+    assert [len(set(model.chosen.tolist())) for model in (usual, other)] == [20, 30]
+
+
+@covers("padim", "batch_size")
+def test_padim_reads_the_given_number_of_images_at_a_time(gears):
+    def at_a_time(model):
+        sizes, features = [], model.features
+        model.features = lambda images: sizes.append(len(images)) or features(images)
+        model.prepare(gears.train, CPU)
+        return sizes
+
+    usual, other = changed("padim", "batch_size", 5)
+    assert [at_a_time(model) for model in (usual, other)] == [[12], [5, 5, 2]]
+    torch.testing.assert_close(usual.mean, other.mean)
+    torch.testing.assert_close(usual.whiten, other.whiten, rtol=1e-3, atol=1e-3)
 
 
 # --- none is missing --------------------------------------------------------------------------------------
