@@ -11,6 +11,7 @@ from torch import nn
 
 from vitad import data, methods, training
 from vitad.methods import METHODS, anovit, mala, ssltok, vitmem
+from vitad.methods.rivals import dinomaly
 from vitad.randomness import generator, next_seed, seed_of, seeded
 from vitad.settings import resolve
 from vitad.training import Phase, train
@@ -24,6 +25,7 @@ BASE = {
     "l2cae": {"batch_size": 5},
     "patchknn": {"bank_size": 50},
     "padim": {},
+    "dinomaly": {"batch_size": 5},
 }
 CNNS = ("padim",)  # whose backbone is no ViT
 
@@ -62,6 +64,8 @@ CHANGES = {
     "ssltok no_synth": {"segmentation", "train damage"},
     "patchknn pretrained=True": {"backbone", "bank"},
     "padim pretrained=True": {"backbone"},
+    "dinomaly pretrained=True": {"backbone"},
+    "dinomaly no_dropout": {"train dropout"},
     "patchknn sampling=coreset": {"bank"},
     "patchknn rotations": {"bank"},
     "patchknn rotations_x8": {"bank"},
@@ -148,6 +152,8 @@ def watched(model):
         if R := model.reconstruction:
             R.register_forward_pre_hook(lambda _, arguments: note("masked", arguments[1]))
             R.dropout.register_forward_hook(lambda _, __, tokens: note("dropout", tokens == 0))
+    if isinstance(model, dinomaly.Model):
+        model.bottleneck[0].register_forward_hook(lambda _, __, tokens: note("dropout", tokens == 0))
     return drawn
 
 
@@ -192,6 +198,7 @@ def test_all_draws_of_a_training_are_watched(traced):
         "l2cae": {"train order": 6},
         "patchknn": {},
         "padim": {},
+        "dinomaly": {"train order": 3, "train dropout": 3},
     }
     for name in ("mala", "ssltok"):
         for purpose, draws in traced(name).items():

@@ -146,6 +146,7 @@ def test_steps_are_those_of_a_training(name, gears, monkeypatch):
         ("ssltok", "mvtec", "bottle", {"min_steps": 5000}, [14 * 358]),  # as many epochs as 5,000 steps need
         ("patchknn", "mvtec", "bottle", {}, []),
         ("padim", "mvtec", "bottle", {}, []),
+        ("dinomaly", "mvtec", "bottle", {"steps": 5000}, [14 * 358]),
     ],
 )
 def test_steps_of_known_data_sets(method, dataset, category, settings, steps):

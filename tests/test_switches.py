@@ -94,6 +94,10 @@ def score_of_a_point(model):
     ("l2cae", "batch_size", 3),
     ("l2cae", "lr", 0.5),
     ("l2cae", "weight_decay", 0.5),
+    ("dinomaly", "batch_size", 3),
+    ("dinomaly", "lr", 0.5),
+    ("dinomaly", "weight_decay", 0.5),
+    ("dinomaly", "clip", 3.0),
 )
 def test_settings_of_training_reach_the_last_phase(method, name, value):
     usual, other = changed(method, name, value)
@@ -144,7 +148,10 @@ def test_the_foreground_can_be_given_as_masks(toy_root, tmp_path):
 
 # --- encoders and sizes -----------------------------------------------------------------------------------
 
-VITS = {"anovit": "encoder", "vitmem": "encoder", "mala": "encoder", "ssltok": "tokenizer", "patchknn": "backbone"}
+VITS = {"anovit": "encoder", "vitmem": "encoder", "mala": "encoder", "ssltok": "tokenizer"} | {
+    "patchknn": "backbone",
+    "dinomaly": "backbone",
+}
 
 
 @each("method, name", *VITS.items())
@@ -197,6 +204,7 @@ def test_l2cae_has_another_layer_for_twice_the_size():
     ("l2cae", "sigma", 2.0),
     ("patchknn", "sigma", 8.0),
     ("padim", "sigma", 2.0),
+    ("dinomaly", "sigma", 8.0),
 )
 def test_a_larger_sigma_makes_the_map_smoother(method, name, sigma, gears):
     usual, other = changed(method, name, sigma)
@@ -214,6 +222,9 @@ def test_a_larger_sigma_makes_the_map_smoother(method, name, sigma, gears):
     ("padim", "strides", (8, 16), {}),
     ("padim", "ridge", 1.0, {}),
     ("padim", "shared", True, {}),
+    ("dinomaly", "blocks", (1, 2), {}),
+    ("dinomaly", "groups", 1, {}),
+    ("dinomaly", "linear_attention", False, {}),
 )
 def test_settings_of_the_score_change_the_map(method, name, value, both, gears):
     usual, other = changed(method, name, value, **both)
@@ -747,6 +758,81 @@ def test_padim_reads_the_given_number_of_images_at_a_time(gears):
     assert [at_a_time(model) for model in (usual, other)] == [[12], [5, 5, 2]]
     torch.testing.assert_close(usual.mean, other.mean)
     torch.testing.assert_close(usual.whiten, other.whiten, rtol=1e-3, atol=1e-3)
+
+
+@covers("dinomaly", "depth")
+def test_the_decoder_of_dinomaly_has_the_given_depth():
+    usual, other = changed("dinomaly", "depth", 4)
+    assert [len(model.decoder) for model in (usual, other)] == [2, 4]
+
+
+@covers("dinomaly", "dropout")
+def test_the_bottleneck_of_dinomaly_has_the_given_dropout():
+    usual, other = changed("dinomaly", "dropout", 0.5)
+    assert [{layer.p for layer in layers(model.bottleneck, nn.Dropout)} for model in (usual, other)] == [{0.2}, {0.5}]
+
+
+def weakened(model):
+    """Gradients (n,) of equal and opposite ones at 100 places whose errors rise, once ten steps are done."""
+    targets = torch.eye(2)[0].expand(1, model.settings.groups, 100, 2)
+    angle = torch.linspace(0.1, 1, 100)
+    rebuilt = torch.stack([angle.cos(), angle.sin()], -1).expand_as(targets).clone().requires_grad_()
+    model.done.fill_(10)
+    model.weaken(rebuilt, targets).sum().backward()
+    return rebuilt.grad[0, 0, :, 0]
+
+
+@covers("dinomaly", "easy")
+def test_dinomaly_weakens_the_given_share_of_places():
+    usual, other = changed("dinomaly", "easy", 0.3)
+    assert [int((weakened(model) < 1).sum()) for model in (usual, other)] == [90, 30]
+    one = torch.rand(1, 2, 16, 64)
+    assert torch.equal(make("dinomaly", easy=0.0).weaken(one, one), one)
+
+
+@covers("dinomaly", "easy_weight")
+def test_dinomaly_weakens_by_the_given_factor():
+    usual, other = changed("dinomaly", "easy_weight", 0.5)
+    assert [round(weakened(model).min().item(), 4) for model in (usual, other)] == [0.1, 0.5]
+
+
+@covers("dinomaly", "easy_steps")
+def test_dinomaly_weakens_more_places_from_step_to_step():
+    usual, other = changed("dinomaly", "easy_steps", 20)
+    assert [int((weakened(model) < 1).sum()) for model in (usual, other)] == [90, 45]
+
+
+@covers("dinomaly", "steps")
+def test_dinomaly_trains_for_the_given_steps(gears):
+    """Twelve images in batches of five are three steps an epoch."""
+    usual, other = changed("dinomaly", "steps", 31, batch_size=5)
+    for model in (usual, other):
+        model.prepare(gears.train, CPU)
+    assert [model.phases()[0].epochs for model in (usual, other)] == [1, 11]
+
+
+@each("method, name, value, rates", ("dinomaly", "lr_end", 1e-3, (1, 0.5)), ("dinomaly", "warm_up", 0.5, (0.4, 0.1)))
+def test_the_rate_of_dinomaly_rises_and_falls(method, name, value, rates):
+    """After a fifth of the steps and at their end, in units of the highest."""
+    both = {} if name == "warm_up" else {"warm_up": 0.2}
+    usual, other = (model.phases()[0].schedule for model in changed(method, name, value, **both))
+    assert (other(0.2), other(1.0)) == pytest.approx(rates) and usual(1.0) == pytest.approx(0.1)
+
+
+@covers("dinomaly", "cache")
+def test_dinomaly_sees_the_same_whether_tokens_are_kept_or_not(gears):
+    usual, other = changed("dinomaly", "cache", False)
+    for model in (usual, other):
+        model.prepare(gears.train, CPU)
+        model.train()
+    assert usual.cache and other.cache is None
+    assert losses(usual, gears)["cosine"] == pytest.approx(losses(other, gears)["cosine"], rel=1e-3)
+
+
+@covers("dinomaly", "top")
+def test_dinomaly_scores_the_given_share_of_pixels():
+    usual, other = changed("dinomaly", "top", 0.5)
+    assert score_of_a_point(other) == round(1 / 2048, 4) != score_of_a_point(usual)
 
 
 # --- none is missing --------------------------------------------------------------------------------------
