@@ -139,7 +139,7 @@ class Model(Method):
 
     def anomaly_map(self, images: Tensor) -> Tensor:
         """Images (B,3,S,S) -> maps (B,S,S): Mahalanobis distance at each place, upsampled, smoothed."""
-        B = len(images)
+        B = images.shape[0]
         with torch.autocast(images.device.type, enabled=False):
             centred = self.features(images) - self.mean[:, None]  # (P,B,C)
             distance = (centred @ self.whiten.mT).norm(dim=-1)  # sqrt((f - mu)^T Sigma^-1 (f - mu))
