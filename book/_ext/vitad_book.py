@@ -1,4 +1,4 @@
-"""Sphinx extension: claims in the pages of the book, and no script of another host.
+"""Sphinx extension: claims in the pages of the book, no marks of the tests, and no script of another host.
 
 A comment in a page under book/ is replaced while the book is built:
 
@@ -10,6 +10,7 @@ import re
 from functools import cache
 from pathlib import Path
 
+from docutils import nodes
 from sphinx.errors import SphinxError
 
 from vitad import claims, runs
@@ -17,6 +18,7 @@ from vitad.data.dataset import JOIN
 from vitad.runs.request import hash_of
 
 MARKER = re.compile(r"<!-- claims((?: \w+=[\w.+-]+)*) -->")
+MARK = "# NBVAL_CHECK_OUTPUT\n"
 
 
 def expand(app, docname, source):
@@ -64,7 +66,17 @@ def without_thebe(app, pagename, templatename, context, doctree):
     context["script_files"] = [s for s in scripts if "thebe" not in f"{s.filename}{s.attributes.get('body')}".lower()]
 
 
+def without_marks(app, doctree):
+    """Remove the first line of the cells that nbval compares. It means nothing to a reader."""
+    for block in doctree.findall(nodes.literal_block):
+        text = block.astext()
+        if text.startswith(MARK):
+            block[:] = [nodes.Text(text.removeprefix(MARK))]
+            block.rawsource = block.astext()
+
+
 def setup(app):
+    app.connect("doctree-read", without_marks)
     app.connect("source-read", expand)
     app.connect("html-page-context", without_thebe, priority=900)
     return {"parallel_read_safe": True}
