@@ -70,7 +70,9 @@ def mark(axis: Axes, number: int, columns: int, patch: float = 1, name: str = ""
     axis.add_patch(Rectangle(corner, patch, patch, fill=False, color="black", lw=2.6))
     axis.add_patch(Rectangle(corner, patch, patch, fill=False, color=MARK, lw=1.4))
     if name:
-        style = dict(color="black", fontsize=8, va="center", bbox=dict(boxstyle="round,pad=0.1", fc=MARK, ec="none"))
+        look: dict[str, Any] = dict(
+            color="black", fontsize=8, va="center", bbox=dict(boxstyle="round,pad=0.1", fc=MARK, ec="none")
+        )
         axis.text(corner[0] + patch * 1.25, corner[1], name, **look)
 
 
