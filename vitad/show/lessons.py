@@ -192,3 +192,48 @@ def reach(distances: ArrayLike, everywhere: float) -> Figure:
     axis.set(xlabel="block", ylabel="mean distance (patches)", xticks=range(1, len(values) + 1))
     axis.set_ylim(0, 1.1 * max(everywhere, values.max()))
     return fig
+
+
+def rebuilt(
+    rows: Mapping[str, np.ndarray],
+    titles: Sequence[str],
+    masks: np.ndarray | None = None,
+    limits: Limits = (0.0, 0.05),
+    bar: str = "squared error",
+) -> Figure:
+    """Rows of pictures (n,3,H,W) and of maps (n,H,W), one column an image; all maps share one colour scale."""
+    n = len(titles)
+    side = (WIDTH - 0.8) / n
+    fig, axes = plt.subplots(len(rows), n, figsize=(WIDTH, len(rows) * side + 0.3), layout="constrained", squeeze=False)
+    drawn = None
+    for i, (name, values) in enumerate(rows.items()):
+        for j in range(n):
+            axis, mask = axes[i, j], None if masks is None else masks[j]
+            if values.ndim == 4:
+                show(axis, values[j].clip(0, 1), mask if i == 0 else None)
+            else:
+                drawn = axis.imshow(values[j], HEAT, vmin=limits[0], vmax=limits[1])
+                outline(axis, mask, "white", 0.7)
+            blank(axis)
+        axes[i, 0].set_ylabel(name)
+    for axis, title in zip(axes[0], titles, strict=True):
+        axis.set_title(title)
+    if drawn is not None:
+        fig.colorbar(drawn, ax=axes, label=bar, shrink=0.5, aspect=30, extend="max")
+    return fig
+
+
+def against(
+    x: Sequence[float], curves: Mapping[str, Sequence[float]], xlabel: str, ylabel: str, log: bool = False
+) -> Figure:
+    """Curves over the same values, each named at its right end."""
+    fig, axis = plt.subplots(figsize=(WIDTH, 2.8), layout="constrained")
+    for (name, values), colour, marker in zip(curves.items(), (BLUE, RED, "#228833", "#555555"), "os^d", strict=False):
+        axis.plot(x, values, marker + "-", color=colour, ms=5, label=name)
+    if log:
+        axis.set_xscale("log")
+    axis.set_xticks(list(x), [f"{v:g}" for v in x])
+    axis.minorticks_off()
+    axis.set(xlabel=xlabel, ylabel=ylabel, ylim=(0, None))
+    axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    return fig
