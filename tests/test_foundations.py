@@ -65,11 +65,12 @@ def test_the_glossary_is_in_order():
     assert terms == sorted(terms, key=str.lower)
 
 
-@pytest.mark.parametrize("page", ["problem", "transformer", "reconstruction"])
-def test_figures_have_a_text_and_a_caption(page):
+@pytest.mark.parametrize("page", PAGES)
+def test_figures_have_a_text_and_most_a_caption(page):
     for cell in cells_of(page):
         if any("image/png" in output.get("data", {}) for output in cell.get("outputs", [])):
-            assert len(cell.metadata["mystnb"]["image"]["alt"]) > 30 and cell.metadata["mystnb"]["figure"]["caption"]
+            assert len(cell.metadata["mystnb"]["image"]["alt"]) > 30
+            assert page == "metrics" or cell.metadata["mystnb"]["figure"]["caption"]
 
 
 DRAWINGS = {
@@ -96,7 +97,7 @@ def test_a_drawing_is_whole_and_stays_on_its_sheet(name):
 
 def test_the_map_of_the_field_has_every_system_once():
     svg = ElementTree.fromstring(field.families(literature.SYSTEMS).data).find("svg")
-    shown = [text.text for text in svg.iter("text") if text.text.endswith(")")]
+    shown = [text.text for text in svg.iter("text") if (text.text or "").endswith(")")]
     assert sorted(shown) == sorted(f"{s.name} ({s.year})" for s in literature.SYSTEMS)
     assert [s.year for s in literature.SYSTEMS] == sorted(s.year for s in literature.SYSTEMS)
     assert {s.paper for s in literature.SYSTEMS if s.paper} == set(printed.PAPERS)

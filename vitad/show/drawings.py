@@ -35,7 +35,7 @@ class Drawing:
             f'<rect x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" rx="5" fill="{colour}" '
             f'fill-opacity="0.18" stroke="{colour}" stroke-width="1.5"/>'
         )
-        lines = words.split("\n")
+        lines = words.split("\n") if words else []
         for i, line in enumerate(lines):
             shift = (i - (len(lines) - 1) / 2) * size * 1.2
             self.text(x + width / 2, y + height / 2 + shift + 0.35 * size, line, size)
