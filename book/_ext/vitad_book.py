@@ -16,6 +16,7 @@ import sys
 from functools import cache
 from pathlib import Path
 
+from docutils import nodes
 from sphinx.errors import SphinxError
 
 from vitad import claims, runs
@@ -24,6 +25,7 @@ from vitad.runs.request import hash_of
 
 INLINE, LARGE = re.compile(r"<script>(.*?)</script>", re.S), 100_000  # characters
 MARKER = re.compile(r"<!-- claims((?: \w+=[\w.+-]+)*) -->")
+MARK = "# NBVAL_CHECK_OUTPUT\n"
 
 
 def expand(app, docname, source):
@@ -121,11 +123,21 @@ def large_scripts_aside(app, pagename, templatename, context, doctree):
         context["body"] = INLINE.sub(aside, context["body"])
 
 
+def without_marks(app, doctree):
+    """Remove the first line of the cells that nbval compares. It means nothing to a reader."""
+    for block in doctree.findall(nodes.literal_block):
+        text = block.astext()
+        if text.startswith(MARK):
+            block[:] = [nodes.Text(text.removeprefix(MARK))]
+            block.rawsource = block.astext()
+
+
 def setup(app):
     app.add_config_value("vitad_facts", {}, "env")
     app.connect("html-page-context", with_footer)
     app.connect("html-page-context", large_scripts_aside)
     app.connect("html-page-context", for_colab, priority=900)
+    app.connect("doctree-read", without_marks)
     app.connect("source-read", expand)
     app.connect("html-page-context", without_thebe, priority=900)
     return {"parallel_read_safe": True}

@@ -1,0 +1,239 @@
+"""Figures of the foundations: each shows one tensor of a page as a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from numpy.typing import ArrayLike
+
+from vitad.show.plots import HEAT, Limits, outline, show
+
+BLUE, RED = "#4477aa", "#ee6677"
+WIDTH = 7.2  # inches; the column of a page
+MARK = "#00e5ff"
+
+
+def style() -> None:
+    """One look for the figures of a notebook: sharp on any screen, no frame that says nothing."""
+    plt.rcParams.update(
+        {
+            "figure.dpi": 170,
+            "font.size": 9,
+            "axes.titlesize": 9,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "legend.frameon": False,
+        }
+    )
+
+
+def blank(axis: Axes) -> None:
+    """An axis without ticks and frame."""
+    axis.set(xticks=[], yticks=[])
+    axis.spines[:].set_visible(False)
+
+
+def patches(image: ArrayLike, patch: int, chosen: Sequence[int]) -> Figure:
+    """An image (3,H,W) with its grid of patches; the chosen ones, counted row by row, are marked and shown enlarged."""
+    picture = np.asarray(image)
+    H, W = picture.shape[-2:]
+    fig = plt.figure(figsize=(WIDTH, 3.4), layout="constrained")
+    left, right = fig.subfigures(1, 2, width_ratios=[1.15, 1])
+    axis = left.subplots()
+    show(axis, picture)
+    for line in range(0, H + 1, patch):
+        axis.axhline(line - 0.5, color="white", lw=0.4, alpha=0.7)
+    for line in range(0, W + 1, patch):
+        axis.axvline(line - 0.5, color="white", lw=0.4, alpha=0.7)
+    axis.set_title(f"{H // patch} × {W // patch} patches of {patch} px")
+    blank(axis)
+    axes = right.subplots(2, -(-len(chosen) // 2), squeeze=False)
+    for k, (small, number) in enumerate(zip(axes.flat, chosen, strict=True)):
+        top, start = divmod(number, W // patch)
+        mark(axis, number, W // patch, patch, str("abcd"[k]))
+        show(small, picture[:, top * patch : (top + 1) * patch, start * patch : (start + 1) * patch])
+        small.set_title(f"{'abcd'[k]}: patch {number}")
+        blank(small)
+    return fig
+
+
+def mark(axis: Axes, number: int, columns: int, patch: float = 1, name: str = "") -> None:
+    """Frame one patch, counted row by row, on a picture whose patches are `patch` wide."""
+    row, column = divmod(number, columns)
+    corner = (column * patch - 0.5, row * patch - 0.5)
+    axis.add_patch(Rectangle(corner, patch, patch, fill=False, color="black", lw=2.6))
+    axis.add_patch(Rectangle(corner, patch, patch, fill=False, color=MARK, lw=1.4))
+    if name:
+        look: dict[str, Any] = dict(
+            color="black", fontsize=8, va="center", bbox=dict(boxstyle="round,pad=0.1", fc=MARK, ec="none")
+        )
+        axis.text(corner[0] + patch * 1.25, corner[1], name, **look)
+
+
+def matrix(values: ArrayLike, xlabel: str, ylabel: str, title: str = "", limit: float | None = None) -> Figure:
+    """A matrix as a picture: blue below zero, red above, white at zero."""
+    shown = np.asarray(values)
+    limit = limit or float(np.percentile(np.abs(shown), 99))
+    fig, axis = plt.subplots(figsize=(WIDTH, 2.9), layout="constrained")
+    drawn = axis.imshow(shown, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")
+    axis.set(xlabel=xlabel, ylabel=ylabel, title=title)
+    fig.colorbar(drawn, ax=axis, extend="both")
+    return fig
+
+
+def filters(weights: ArrayLike, columns: int = 12) -> Figure:
+    """Rows of a patch embedding (n,3,P,P) as small colour pictures, each stretched to the range of colours."""
+    rows = np.asarray(weights)
+    fig, axes = plt.subplots(len(rows) // columns, columns, figsize=(WIDTH, 0.64 * len(rows) / columns))
+    fig.subplots_adjust(0, 0, 1, 1, 0.08, 0.08)
+    for axis, row in zip(axes.flat, rows, strict=True):
+        top = np.abs(row).max()
+        axis.imshow((0.5 + row / (2 * top)).transpose(1, 2, 0))
+        blank(axis)
+    return fig
+
+
+def maps(
+    panels: Mapping[str, ArrayLike],
+    columns: int = 6,
+    image: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    marked: Sequence[int | None] | int | None = None,
+    grid: int | None = None,
+    limits: Limits | None = None,
+    cmap: str = HEAT,
+    bar: str = "",
+    width: float = WIDTH,
+) -> Figure:
+    """Small maps (g,g) or pictures (H,W,3), `columns` in a row.
+
+    Parameters
+    ----------
+    panels
+        {title: map}.
+    columns
+        Panels in a row.
+    image, mask
+        An image (3,H,W) as the first panel, with the outline of its mask.
+    marked
+        The patch that is framed: one for all panels, or one for each.
+    grid
+        Patches in a row of the image, to frame one in it.
+    limits
+        Of one colour scale for all maps, with a colour bar; without it each map has its own range.
+    cmap, bar
+        Colours, and what the colour bar shows.
+    width
+        Of the figure, in inches.
+    """
+    count = len(panels) + (image is not None)
+    rows, columns = -(-count // columns), min(columns, count)
+    side = width / columns
+    fig, axes = plt.subplots(
+        rows, columns, figsize=(width, rows * (side + 0.2) + 0.1), layout="constrained", squeeze=False
+    )
+    cells = list(axes.flat)
+    for axis in cells:
+        blank(axis)
+    if image is not None:
+        axis = cells.pop(0)
+        show(axis, image, mask)
+        axis.set_title("image")
+        if isinstance(marked, int) and grid:
+            mark(axis, marked, grid, np.asarray(image).shape[-1] / grid)
+    places = marked if isinstance(marked, Sequence) else [marked] * len(panels)
+    drawn = None
+    for axis, (title, values), place in zip(cells, panels.items(), places, strict=False):
+        low, high = limits or (None, None)
+        drawn = axis.imshow(np.asarray(values), cmap=cmap, vmin=low, vmax=high, interpolation="nearest")
+        axis.set_title(title)
+        if place is not None:
+            mark(axis, place, np.asarray(values).shape[1])
+    for axis in cells[len(panels) :]:
+        axis.set_visible(False)
+    if limits and drawn is not None:
+        fig.colorbar(drawn, ax=axes, label=bar, shrink=0.8, aspect=30, location="bottom" if rows == 1 else "right")
+    return fig
+
+
+def over_image(
+    images: np.ndarray, heat: np.ndarray, masks: np.ndarray | None, titles: Sequence[str], bar: str, limits: Limits
+) -> Figure:
+    """Images (n,3,H,W) above their maps (n,g,g) on one colour scale; the true outline on both."""
+    n, H, W = len(images), *images.shape[-2:]
+    fig, axes = plt.subplots(2, n, figsize=(WIDTH, 2 * (WIDTH - 0.8) / n + 0.3), layout="constrained", squeeze=False)
+    for j, title in enumerate(titles):
+        mask = None if masks is None else masks[j]
+        show(axes[0, j], images[j], mask)
+        axes[0, j].set_title(title)
+        extent = (-0.5, W - 0.5, H - 0.5, -0.5)
+        drawn = axes[1, j].imshow(heat[j], HEAT, vmin=limits[0], vmax=limits[1], extent=extent)
+        outline(axes[1, j], mask, "white", 0.7)
+    for axis in axes.flat:
+        blank(axis)
+    fig.colorbar(drawn, ax=axes[1], label=bar, shrink=0.9, aspect=25)
+    return fig
+
+
+def reach(distances: ArrayLike, everywhere: float) -> Figure:
+    """Mean distance (blocks, heads) that attention bridges, one dot a head, beside looking everywhere alike."""
+    values = np.asarray(distances)
+    fig, axis = plt.subplots(figsize=(WIDTH, 2.5), layout="constrained")
+    for block, heads in enumerate(values, 1):
+        axis.plot([block] * len(heads), heads, "o", color=BLUE, alpha=0.7, ms=5, mew=0)
+    axis.axhline(everywhere, color="#555555", lw=1, ls="--")
+    axis.annotate("everywhere\nalike", (1, everywhere), (6, 0), ("axes fraction", "data"), "offset points", va="center")
+    axis.set(xlabel="block", ylabel="mean distance (patches)", xticks=range(1, len(values) + 1))
+    axis.set_ylim(0, 1.1 * max(everywhere, values.max()))
+    return fig
+
+
+def rebuilt(
+    rows: Mapping[str, np.ndarray],
+    titles: Sequence[str],
+    masks: np.ndarray | None = None,
+    limits: Limits = (0.0, 0.05),
+    bar: str = "squared error",
+) -> Figure:
+    """Rows of pictures (n,3,H,W) and of maps (n,H,W), one column an image; all maps share one colour scale."""
+    n = len(titles)
+    side = (WIDTH - 0.8) / n
+    fig, axes = plt.subplots(len(rows), n, figsize=(WIDTH, len(rows) * side + 0.3), layout="constrained", squeeze=False)
+    drawn = None
+    for i, (name, values) in enumerate(rows.items()):
+        for j in range(n):
+            axis, mask = axes[i, j], None if masks is None else masks[j]
+            if values.ndim == 4:
+                show(axis, values[j].clip(0, 1), mask if i == 0 else None)
+            else:
+                drawn = axis.imshow(values[j], HEAT, vmin=limits[0], vmax=limits[1])
+                outline(axis, mask, "white", 0.7)
+            blank(axis)
+        axes[i, 0].set_ylabel(name)
+    for axis, title in zip(axes[0], titles, strict=True):
+        axis.set_title(title)
+    if drawn is not None:
+        fig.colorbar(drawn, ax=axes, label=bar, shrink=0.5, aspect=30, extend="max")
+    return fig
+
+
+def against(
+    x: Sequence[float], curves: Mapping[str, Sequence[float]], xlabel: str, ylabel: str, log: bool = False
+) -> Figure:
+    """Curves over the same values, each named at its right end."""
+    fig, axis = plt.subplots(figsize=(WIDTH, 2.8), layout="constrained")
+    for (name, values), colour, marker in zip(curves.items(), (BLUE, RED, "#228833", "#555555"), "os^d", strict=False):
+        axis.plot(x, values, marker + "-", color=colour, ms=5, label=name)
+    if log:
+        axis.set_xscale("log")
+    axis.set_xticks(list(x), [f"{v:g}" for v in x])
+    axis.minorticks_off()
+    axis.set(xlabel=xlabel, ylabel=ylabel, ylim=(0, None))
+    axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    return fig
