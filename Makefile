@@ -9,7 +9,7 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 # Notebooks run with this environment's Python, never with a kernel that a user has installed elsewhere.
 export JUPYTER_PREFER_ENV_PATH := 1
 
-.PHONY: help env book zip notebooks readme facts test robust processors bench gpu clean
+.PHONY: help env book zip pdf notebooks readme facts test robust processors bench gpu clean
 
 # Everything that was set on the command line, quoted; the scripts refuse names that they do not know.
 GIVEN = $(foreach name,$(filter-out PYTHON TORCH_INDEX,$(.VARIABLES)),\
@@ -22,6 +22,7 @@ help:
 	@echo "                OVERRIDES='lr=1e-4 epochs=3'   settings that differ from the preset, for all notebooks"
 	@echo "                JOBS=           notebooks that run at a time"
 	@echo "make zip        pack the pages that make book has built: book.zip opens offline"
+	@echo "make pdf        print them into one PDF, with Chromium   CHROMIUM="
 	@echo "make test       install into $(VENV), run the linters, the tests and the notebooks as committed"
 	@echo "make robust     run the notebooks under other arithmetic, and with the smallest preset on real images"
 	@echo "                SETTINGS='avx2 default'   these   ONLY='anovit mala'   these notebooks   JOBS="
@@ -59,6 +60,9 @@ book: $(READY)
 
 zip: $(READY)
 	@cd book/_build && rm -f book.zip && $(abspath $(PY)) -m zipfile -c book.zip html && echo $(CURDIR)/book/_build/book.zip
+
+pdf: $(READY)
+	@$(PY) book/pdf.py $(GIVEN)
 
 notebooks: $(READY)
 	@$(PY) book/notebooks.py $(GIVEN)

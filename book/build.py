@@ -87,6 +87,11 @@ def run_notebooks(parameters: dict, jobs: int | None) -> dict[Path, Path]:
     return executed
 
 
+def pages_of(contents: dict) -> list[str]:
+    """Names of all pages of a table of contents, in its order."""
+    return [contents["root"], *(c["file"] for part in contents["parts"] for c in part["chapters"])]
+
+
 def build_html(executed: dict[Path, Path], about: dict) -> None:
     """Jupyter Book over a copy of the source; warnings are errors, and every page of the contents must be there."""
     source, html = BUILD / "source", BUILD / "html"
@@ -107,8 +112,7 @@ def build_html(executed: dict[Path, Path], about: dict) -> None:
     if result.returncode:
         sys.exit(f"{result.stdout}{result.stderr}book: Jupyter Book reported the problems above")
 
-    contents = yaml.safe_load(toc.read_text())
-    pages = [contents["root"], *(c["file"] for part in contents["parts"] for c in part["chapters"])]
+    pages = pages_of(yaml.safe_load(toc.read_text()))
     missing = [page for page in pages if not (html / f"{page}.html").exists()]
     if missing:
         sys.exit(f"book: {len(missing)} of {len(pages)} pages are missing: {', '.join(missing)}")
