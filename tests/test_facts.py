@@ -77,6 +77,6 @@ def test_a_notebook_for_colab_installs_the_library_of_this_commit_first(tmp_path
 def test_the_workflow_that_publishes_calls_targets_of_make():
     jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "publish.yml").read_text())["jobs"]
     called = [s["run"].split()[1] for job in jobs.values() for s in job["steps"] if s.get("run", "").startswith("make")]
-    assert called == ["test", "book", "zip", "pdf"]
+    assert called == ["test", "book", "axe", "zip", "pdf"]
     targets = (ROOT / "Makefile").read_text()
     assert all(f"\n{target}:" in targets for target in called)
