@@ -135,8 +135,9 @@ def maps(
     count = len(panels) + (image is not None)
     rows, columns = -(-count // columns), min(columns, count)
     side = width / columns
+    bar_height = 0.6 if limits and rows == 1 else 0.1
     fig, axes = plt.subplots(
-        rows, columns, figsize=(width, rows * (side + 0.2) + 0.1), layout="constrained", squeeze=False
+        rows, columns, figsize=(width, rows * (side + 0.2) + bar_height), layout="constrained", squeeze=False
     )
     cells = list(axes.flat)
     for axis in cells:

@@ -96,7 +96,7 @@ def one_map(scores: ArrayLike, mask: ArrayLike, image: ArrayLike, name: str, lim
 <input id="{key}-slider" type="range" min="0" max="{len(thresholds) - 1}" value="{start}" style="width:100%">
 <div id="{key}-words" aria-live="polite" style="min-height:3em"></div>
 <div style="display:flex;flex-wrap:wrap;gap:12px;align-items:flex-start">
-<div style="flex:1 1 160px;max-width:200px"><canvas id="{key}-map" width="{W}" height="{H}" role="img"
+<div style="flex:1 1 140px;max-width:200px"><canvas id="{key}-map" width="{W}" height="{H}" role="img"
  aria-label="the map of the detector {name} above the threshold: found, missed and false alarms"
  style="width:100%;image-rendering:pixelated;border:1px solid currentColor"></canvas>
 <div style="font-size:0.8em">{legend}</div></div>{plots}</div></div>"""
@@ -115,11 +115,11 @@ def _plot(key: str, title: str, curves: dict[str, np.ndarray], limit: float) -> 
     )
     line = f'<path d="M{34 + 120 * limit:.1f} 18V138" stroke="currentColor" stroke-dasharray="3 3"/>' * (title == "PRO")
     return (
-        f'<svg viewBox="0 0 160 172" style="flex:1 1 160px;max-width:200px" role="img" fill="currentColor" '
+        f'<svg viewBox="0 0 160 172" style="flex:1 1 140px;max-width:200px" role="img" fill="currentColor" '
         f'aria-label="{title} curve: {up} against {across}, with the point of the threshold">'
         f'<text x="94" y="12" font-size="12" text-anchor="middle" font-weight="bold">{title}</text>'
         f'<path d="M34 18V138H154" fill="none" stroke="currentColor"/>{line}'
-        f'<polyline points="{points}" fill="none" stroke="#0072b2" stroke-width="2"/>'
+        f'<polyline points="{points}" fill="none" stroke="#3388cc" stroke-width="2"/>'
         f'<circle id="{key}-{title}" r="5" fill="#d55e00"/><g font-size="10">'
         '<text x="30" y="24" text-anchor="end">1</text><text x="30" y="141" text-anchor="end">0</text>'
         f'<text x="154" y="150" text-anchor="end">1</text><text x="94" y="164" text-anchor="middle">{across}</text>'
