@@ -11,7 +11,7 @@ from torch import nn
 
 from vitad import data, methods, training
 from vitad.methods import METHODS, anovit, mala, ssltok, vitmem
-from vitad.methods.rivals import dinomaly
+from vitad.methods.rivals import dinomaly, draem
 from vitad.randomness import generator, next_seed, seed_of, seeded
 from vitad.settings import resolve
 from vitad.training import Phase, train
@@ -26,6 +26,7 @@ BASE = {
     "patchknn": {"bank_size": 50},
     "padim": {},
     "dinomaly": {"batch_size": 5},
+    "draem": {"batch_size": 5},
 }
 CNNS = ("padim",)  # whose backbone is no ViT
 
@@ -66,6 +67,8 @@ CHANGES = {
     "padim pretrained=True": {"backbone"},
     "dinomaly pretrained=True": {"backbone"},
     "dinomaly no_dropout": {"train dropout"},
+    "draem sspcab": {"sspcab"},
+    "draem sspcab=True": {"sspcab"},
     "patchknn sampling=coreset": {"bank"},
     "patchknn rotations": {"bank"},
     "patchknn rotations_x8": {"bank"},
@@ -146,6 +149,7 @@ def watched(model):
     model.phases = lambda: [with_order(phase) for phase in phases()]
     if isinstance(model, mala.Model):
         model.random_visible = noting(model.random_visible, "visible", lambda visible: visible)
+    if isinstance(model, (mala.Model, draem.Model)):
         model.damaged = noting(model.damaged, "damage", lambda damaged: damaged["mask"])
     if isinstance(model, ssltok.Model):
         model.pairs = noting(model.pairs, "damage", lambda pairs: pairs[3])
@@ -199,6 +203,7 @@ def test_all_draws_of_a_training_are_watched(traced):
         "patchknn": {},
         "padim": {},
         "dinomaly": {"train order": 3, "train dropout": 3},
+        "draem": {"train order": 18, "train damage": 18},
     }
     for name in ("mala", "ssltok"):
         for purpose, draws in traced(name).items():

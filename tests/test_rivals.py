@@ -8,7 +8,7 @@ from scipy.ndimage import gaussian_filter
 from torch.nn import functional as F
 
 from vitad.errors import UserError
-from vitad.methods.rivals import dinomaly, padim
+from vitad.methods.rivals import dinomaly, draem, padim
 from vitad.training import train
 
 # --- PaDiM ------------------------------------------------------------------------------------------------
@@ -188,3 +188,60 @@ def test_dinomaly_trains_its_decoder_alone_and_finds_a_pasted_square(gears):
 def test_dinomaly_refuses_what_it_cannot_do(overrides, message):
     with pytest.raises(UserError, match=message):
         make(dinomaly, **overrides)
+
+
+# --- DRAEM ------------------------------------------------------------------------------------------------
+
+
+def test_draem_has_the_parameters_of_the_published_networks():
+    with torch.device("meta"):
+        networks = draem.Reconstruction(128), draem.Segmentation(64), draem.SSPCAB(1024)
+    sizes = [sum(p.numel() for p in network.parameters()) for network in networks]
+    assert sizes == [69_048_579, 28_374_146, 4_461_696]
+
+
+def test_sspcab_sees_four_places_and_not_its_own():
+    torch.manual_seed(0)
+    block, x = draem.SSPCAB(8), torch.randn(1, 8, 9, 9, requires_grad=True)
+    (gradient,) = torch.autograd.grad(block.predict(x)[0, :, 4, 4].sum(), x)
+    seen = gradient[0].abs().sum(0).nonzero().tolist()
+    assert seen == [[2, 2], [2, 6], [6, 2], [6, 6]]
+    with torch.no_grad():
+        flat = block(torch.ones(1, 8, 9, 9))
+    assert flat.shape == (1, 8, 9, 9) and flat.min() >= 0
+    torch.testing.assert_close(flat[..., 2:-2, 2:-2], flat[..., 4:5, 4:5].expand(1, 8, 5, 5))
+
+
+def test_draem_learns_to_repair_damage_and_to_mark_it(gears):
+    """On damage that it has not seen, of images that it has."""
+    torch.manual_seed(0)
+    model = make(draem, epochs=30, batch_size=12, lr=2e-3)
+    model.prepare(gears.train, CPU)
+    history = train(model, gears.train, 0, CPU, amp=False)
+    assert history[-1]["focal"] < 0.5 * history[0]["focal"]
+    x = gears.train.batch(range(12))["image"]
+    damaged = model.synthesis(x, 99, 0, which=np.ones(12, bool))
+    mask = damaged["mask"][:, 0]
+    with torch.no_grad():
+        x_hat, _ = model.eval().repair(damaged["image"])
+        maps = model.anomaly_map(damaged["image"])
+
+    def error(image):
+        return (image - x).square().mean(1)[mask].mean()
+
+    assert error(x_hat) < 0.8 * error(damaged["image"])
+    assert maps[mask].mean() > maps[~mask].mean()
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        ({"image_size": 80}, "image_size=80 has to be a multiple of 32"),
+        ({"width": 3, "sspcab": True}, "width even with sspcab"),
+        ({"damage": 0.0}, "damage=0 leaves"),
+        ({"window": 4}, "window=4 has to be odd"),
+    ],
+)
+def test_draem_refuses_what_it_cannot_do(overrides, message):
+    with pytest.raises(UserError, match=message):
+        make(draem, **overrides)

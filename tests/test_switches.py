@@ -98,6 +98,9 @@ def score_of_a_point(model):
     ("dinomaly", "lr", 0.5),
     ("dinomaly", "weight_decay", 0.5),
     ("dinomaly", "clip", 3.0),
+    ("draem", "epochs", 3),
+    ("draem", "batch_size", 5),
+    ("draem", "lr", 0.5),
 )
 def test_settings_of_training_reach_the_last_phase(method, name, value):
     usual, other = changed(method, name, value)
@@ -121,6 +124,9 @@ def test_settings_of_the_optimiser_reach_both_stages_of_mala(method, name, value
     ("ssltok", "mode", "local", "mode"),
     ("ssltok", "textures", "a folder", "textures"),
     ("ssltok", "keep_grey", False, "keep_grey"),
+    ("draem", "damage", 0.3, "probability"),
+    ("draem", "textures", "a folder", "textures"),
+    ("draem", "keep_grey", True, "keep_grey"),
 )
 def test_settings_of_damage_reach_the_synthesis(method, name, value, attribute):
     usual, other = changed(method, name, value)
@@ -833,6 +839,53 @@ def test_dinomaly_sees_the_same_whether_tokens_are_kept_or_not(gears):
 def test_dinomaly_scores_the_given_share_of_pixels():
     usual, other = changed("dinomaly", "top", 0.5)
     assert score_of_a_point(other) == round(1 / 2048, 4) != score_of_a_point(usual)
+
+
+@each("method, name, value, sides", ("draem", "image_size", 96, (4, 6)))
+def test_draem_takes_larger_images(method, name, value, sides):
+    found = [
+        m.reconstruction.encode(torch.rand(1, 3, n, n))
+        for m, n in zip(changed(method, name, value), (64, 96), strict=True)
+    ]
+    assert tuple(features.shape[-1] for features in found) == sides
+
+
+@covers("draem", "width")
+@covers("draem", "seg_width")
+def test_the_networks_of_draem_have_the_given_widths():
+    usual, other = make("draem"), make("draem", width=16, seg_width=8)
+    assert [m.reconstruction.head.in_channels for m in (usual, other)] == [8, 16]
+    assert [m.segmentation.head.in_channels for m in (usual, other)] == [4, 8]
+
+
+@covers("draem", "sspcab")
+@covers("draem", "sspcab_weight")
+def test_sspcab_adds_a_loss_of_the_given_weight(gears):
+    usual, other = changed("draem", "sspcab_weight", 0.2, sspcab=True)
+    a, b = losses(usual, gears), losses(other, gears)
+    assert set(losses(make("draem"), gears)) == set(a) - {"sspcab"} and a["sspcab"] > 0
+    assert b == {name: pytest.approx((1 + (name == "sspcab")) * loss, rel=1e-4) for name, loss in a.items()}
+
+
+@covers("draem", "gamma")
+def test_a_larger_gamma_makes_the_focal_loss_of_draem_smaller(gears):
+    usual, other = (losses(model, gears) for model in changed("draem", "gamma", 4.0))
+    assert other["focal"] < 0.9 * usual["focal"] and other["mse"] == usual["mse"]
+
+
+@covers("draem", "max_steps")
+def test_draem_trains_for_fewer_epochs_where_its_steps_are_limited(gears):
+    """Twelve images are four steps an epoch."""
+    usual, other = changed("draem", "max_steps", 13, epochs=10)
+    for model in (usual, other):
+        model.prepare(gears.train, CPU)
+    assert [model.phases()[0].epochs for model in (usual, other)] == [10, 3]
+
+
+@covers("draem", "window")
+def test_draem_scores_the_mean_over_the_given_window():
+    usual, other = changed("draem", "window", 3)
+    assert score_of_a_point(other) == round(1 / 9, 4) != score_of_a_point(usual)
 
 
 # --- none is missing --------------------------------------------------------------------------------------
