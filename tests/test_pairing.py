@@ -22,6 +22,7 @@ BASE = {
     "mala": {"stage1_images": 8, "stage2_images": 9, "stage1_batch_size": 3, "batch_size": 4},
     "ssltok": {"batch_size": 5, "pool": 2},
     "l2cae": {"batch_size": 5},
+    "aessim": {"batch_size": 5},
     "patchknn": {"bank_size": 50},
 }
 
@@ -187,6 +188,7 @@ def test_all_draws_of_a_training_are_watched(traced):
         "mala": {"stage1 order": 6, "stage1 visible": 6, "stage2 order": 6, "stage2 damage": 6},
         "ssltok": {"train order": 6, "train damage": 6, "train masked": 6, "train dropout": 6},
         "l2cae": {"train order": 6},
+        "aessim": {"train order": 6},
         "patchknn": {},
     }
     for name in ("mala", "ssltok"):

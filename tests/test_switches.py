@@ -94,6 +94,10 @@ def score_of_a_point(model):
     ("l2cae", "batch_size", 3),
     ("l2cae", "lr", 0.5),
     ("l2cae", "weight_decay", 0.5),
+    ("aessim", "epochs", 3),
+    ("aessim", "batch_size", 3),
+    ("aessim", "lr", 0.5),
+    ("aessim", "weight_decay", 0.5),
 )
 def test_settings_of_training_reach_the_last_phase(method, name, value):
     usual, other = changed(method, name, value)
@@ -174,9 +178,9 @@ def test_the_decoders_follow_the_image_size():
     assert mala.grid == (6, 6) and mala.decoder.pos_embed.shape[1] == 1 + 36
 
 
-@covers("l2cae", "image_size")
-def test_l2cae_has_another_layer_for_twice_the_size():
-    usual, other = changed("l2cae", "image_size", 128)
+@each("method, name, value", ("l2cae", "image_size", 128), ("aessim", "image_size", 128))
+def test_an_autoencoder_has_another_layer_for_twice_the_size(method, name, value):
+    usual, other = changed(method, name, value)
     assert [len(layers(model.encoder, nn.Conv2d)) for model in (usual, other)] == [8, 9]
 
 
@@ -189,6 +193,7 @@ def test_l2cae_has_another_layer_for_twice_the_size():
     ("vitmem", "sigma", 2.0),
     ("ssltok", "sigma", 2.0),
     ("l2cae", "sigma", 2.0),
+    ("aessim", "sigma", 2.0),
     ("patchknn", "sigma", 8.0),
 )
 def test_a_larger_sigma_makes_the_map_smoother(method, name, sigma, gears):
@@ -643,9 +648,9 @@ def test_ssltok_scores_the_given_share_of_pixels():
 # --- rivals -----------------------------------------------------------------------------------------------
 
 
-@covers("l2cae", "latent")
-def test_l2cae_has_a_latent_vector_of_the_given_length():
-    usual, other = changed("l2cae", "latent", 7)
+@each("method, name, value", ("l2cae", "latent", 7), ("aessim", "latent", 7))
+def test_an_autoencoder_has_a_latent_vector_of_the_given_length(method, name, value):
+    usual, other = changed(method, name, value)
     assert [model.encoder[-1].out_channels for model in (usual, other)] == [16, 7]
 
 

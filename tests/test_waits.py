@@ -63,6 +63,7 @@ class Stop(Exception):
         ("mala", 1, {"batch_size": 3}),
         ("ssltok", 0, {"batch_size": 3}),
         ("l2cae", 0, {"batch_size": 3}),
+        ("aessim", 0, {"batch_size": 3}),
     ],
 )
 def test_no_step_waits_for_the_device(method, number, overrides, gears, monkeypatch):
