@@ -23,6 +23,7 @@ BASE = {
     "ssltok": {"batch_size": 5, "pool": 2},
     "l2cae": {"batch_size": 5},
     "aessim": {"batch_size": 5},
+    "vae": {"batch_size": 5},
     "patchknn": {"bank_size": 50},
 }
 
@@ -189,6 +190,7 @@ def test_all_draws_of_a_training_are_watched(traced):
         "ssltok": {"train order": 6, "train damage": 6, "train masked": 6, "train dropout": 6},
         "l2cae": {"train order": 6},
         "aessim": {"train order": 6},
+        "vae": {"train order": 6},
         "patchknn": {},
     }
     for name in ("mala", "ssltok"):

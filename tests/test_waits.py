@@ -64,6 +64,7 @@ class Stop(Exception):
         ("ssltok", 0, {"batch_size": 3}),
         ("l2cae", 0, {"batch_size": 3}),
         ("aessim", 0, {"batch_size": 3}),
+        ("vae", 0, {"batch_size": 3}),
     ],
 )
 def test_no_step_waits_for_the_device(method, number, overrides, gears, monkeypatch):

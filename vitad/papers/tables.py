@@ -30,8 +30,15 @@ USUAL_PRESETS = {  # of the book's own records, by data set, or by method and da
 }
 # Presets whose settings are the source's, so that their metrics can be held against printed ones. AnoViT's `paper` has
 # another output range than the published code. Of L2-CAE the layers are unknown, and much of its schedule is ours.
-# So is that of AE-SSIM, whose source sees crops.
-FAITHFUL = {"vitmem": ("paper", "sec34"), "mala": ("paper",), "anovit": ("legacy",), "l2cae": (), "aessim": ()}
+# So is that of AE-SSIM, whose source sees crops, and of the VAE, whose layers no paper says.
+FAITHFUL = {
+    "vitmem": ("paper", "sec34"),
+    "mala": ("paper",),
+    "anovit": ("legacy",),
+    "l2cae": (),
+    "aessim": (),
+    "vae": (),
+}
 IN_THE_MANNER_OF = {"ssltok"}  # too little is public for a reproduction
 EACH = "each"  # as a category: one model for each
 Column = tuple[str, Mapping[str, Any]]  # method and overrides
@@ -65,7 +72,7 @@ _VITMEM: dict[str, Column] = {"Ours": ("vitmem", {})}
 _MALA: dict[str, Column] = {"Ours": ("mala", {})}
 _SSLTOK: dict[str, Column] = {"Ours": ("ssltok", {})}
 _CONVOLUTIONS: dict[str, Column] = {"AnoViT": ("anovit", {}), "L2-CAE": ("l2cae", {})}
-_RIVALS: dict[str, Column] = {"AE_SSIM": ("aessim", {})}
+_RIVALS: dict[str, Column] = {"AE_SSIM": ("aessim", {}), "VAE": ("vae", {})}
 _ABLATION: dict[str, Column] = {
     "Base": ("vitmem", vitmem.VARIANTS["base"]),
     "Base + M": ("vitmem", vitmem.VARIANTS["base_m"]),
