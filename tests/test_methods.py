@@ -281,7 +281,7 @@ def test_l2cae_can_be_trained_as_long_as_its_source():
 
 
 def test_l2cae_refuses_other_sizes():
-    with pytest.raises(UserError, match="image_size=96 does not suit l2cae. Choose 64, 128, 256 or 512"):
+    with pytest.raises(UserError, match="image_size=96 does not suit this autoencoder. Choose 64, 128, 256 or 512"):
         make(l2cae, image_size=96)
     with pytest.raises(UserError, match="latent=0"):
         make(l2cae, latent=0)

@@ -124,11 +124,11 @@ def test_names_are_readable_unique_and_safe():
 
 def test_the_data_and_presets_of_tables():
     by_method = pd.Series([r.method for r in requests("yang2024-3")]).value_counts()
-    assert by_method.to_dict() == {"vitmem": 45, "anovit": 45, "l2cae": 45}
+    assert by_method.to_dict() == dict.fromkeys(("vitmem", "anovit", "l2cae", "aessim", "vae"), 45)
     assert {r.preset for r in requests("yang2024-3")} == {"paper"}
     assert {r.category for r in requests("yang2024-5")} == {"01", "02", "03"}
     assert len(requests("yang2024-6")) == 4 * 15 * 3
-    assert {r.hash for r in requests("yang2024-4")} <= {r.hash for r in requests("yang2024-6")}
+    assert {r.hash for r in requests("yang2024-4") if r.method == "vitmem"} <= {r.hash for r in requests("yang2024-6")}
     # one model for the categories of both data sets, which serves both tables
     assert [r.name for r in requests("mala2023-1", seeds=1)] == [
         "mala-mvtec+visa-all-paper-s0",

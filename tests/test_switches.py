@@ -101,6 +101,13 @@ def score_of_a_point(model):
     ("draem", "epochs", 3),
     ("draem", "batch_size", 5),
     ("draem", "lr", 0.5),
+    ("aessim", "epochs", 3),
+    ("aessim", "batch_size", 3),
+    ("aessim", "lr", 0.5),
+    ("aessim", "weight_decay", 0.5),
+    ("vae", "epochs", 3),
+    ("vae", "batch_size", 3),
+    ("vae", "lr", 0.5),
 )
 def test_settings_of_training_reach_the_last_phase(method, name, value):
     usual, other = changed(method, name, value)
@@ -193,9 +200,9 @@ def test_the_decoders_follow_the_image_size():
     assert mala.grid == (6, 6) and mala.decoder.pos_embed.shape[1] == 1 + 36
 
 
-@covers("l2cae", "image_size")
-def test_l2cae_has_another_layer_for_twice_the_size():
-    usual, other = changed("l2cae", "image_size", 128)
+@each("method, name, value", ("l2cae", "image_size", 128), ("aessim", "image_size", 128), ("vae", "image_size", 128))
+def test_an_autoencoder_has_another_layer_for_twice_the_size(method, name, value):
+    usual, other = changed(method, name, value)
     assert [len(layers(model.encoder, nn.Conv2d)) for model in (usual, other)] == [8, 9]
 
 
@@ -208,6 +215,8 @@ def test_l2cae_has_another_layer_for_twice_the_size():
     ("vitmem", "sigma", 2.0),
     ("ssltok", "sigma", 2.0),
     ("l2cae", "sigma", 2.0),
+    ("aessim", "sigma", 2.0),
+    ("vae", "sigma", 2.0),
     ("patchknn", "sigma", 8.0),
     ("padim", "sigma", 2.0),
     ("dinomaly", "sigma", 8.0),
@@ -231,6 +240,10 @@ def test_a_larger_sigma_makes_the_map_smoother(method, name, sigma, gears):
     ("dinomaly", "blocks", (1, 2), {}),
     ("dinomaly", "groups", 1, {}),
     ("dinomaly", "linear_attention", False, {}),
+    ("vae", "map", "grad", {}),
+    ("vae", "steps", 5, {"map": "grad"}),
+    ("vae", "step_size", 0.1, {"map": "grad"}),
+    ("vae", "sparsity", 5.0, {"map": "grad"}),
 )
 def test_settings_of_the_score_change_the_map(method, name, value, both, gears):
     usual, other = changed(method, name, value, **both)
@@ -670,10 +683,16 @@ def test_ssltok_scores_the_given_share_of_pixels():
 # --- rivals -----------------------------------------------------------------------------------------------
 
 
-@covers("l2cae", "latent")
-def test_l2cae_has_a_latent_vector_of_the_given_length():
-    usual, other = changed("l2cae", "latent", 7)
-    assert [model.encoder[-1].out_channels for model in (usual, other)] == [16, 7]
+@each("method, name, value", ("l2cae", "latent", 7), ("aessim", "latent", 7), ("vae", "latent", 7))
+def test_an_autoencoder_has_a_latent_vector_of_the_given_length(method, name, value):
+    usual, other = changed(method, name, value)
+    assert [model.decoder[0].in_channels for model in (usual, other)] == [16, 7]
+
+
+@covers("vae", "beta")
+def test_beta_weighs_the_divergence_of_the_vae(gears):
+    usual, other = (losses(model, gears) for model in changed("vae", "beta", 0.3))
+    assert other == pytest.approx({"mse": usual["mse"], "kl": 3 * usual["kl"]})
 
 
 @covers("patchknn", "bank_size")

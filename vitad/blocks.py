@@ -3,7 +3,9 @@
 from functools import lru_cache
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from vitad.errors import UserError
 
 
 def gaussian_blur(maps: Tensor, sigma: float) -> Tensor:
@@ -73,3 +75,30 @@ def top_mean(maps: Tensor, share: float) -> Tensor:
     flat = maps.flatten(1)
     n_highest = max(1, round(share * flat.shape[1]))
     return flat.topk(n_highest, dim=1).values.mean(1)
+
+
+def convolutional_autoencoder(image_size: int, latent: int, statistics: int = 1) -> tuple[nn.Sequential, nn.Sequential]:
+    """Encoder, images (B,3,S,S) -> (B,statistics * latent,1,1), and decoder, (B,latent,1,1) -> images in [0,1].
+
+    Layers of Bergmann et al. 2019 (VISAPP, arXiv 1807.02011), Table 1. The decoder is the mirror of the encoder.
+    Raises `UserError` for a size other than 64, 128, 256 and 512, and where nothing is left of the latent vector.
+    """
+    stems = {64: 1, 128: 2, 256: 3, 512: 4}.get(image_size)
+    if not stems:
+        raise UserError(f"image_size={image_size} does not suit this autoencoder. Choose 64, 128, 256 or 512.")
+    if latent < 1:
+        raise UserError(f"latent={latent} has to be at least 1.")
+    # channels, kernel, stride: down to 8 x 8, then one 8 x 8 convolution to the latent vector
+    layers = [(32, 4, 2)] * stems + [(32, 3, 1), (64, 4, 2), (64, 3, 1), (128, 4, 2), (64, 3, 1), (32, 3, 1)]
+    encoder, decoder = nn.Sequential(), nn.Sequential()
+    width = 3
+    for channels, kernel, stride in layers:
+        encoder.extend([nn.Conv2d(width, channels, kernel, stride, 1), nn.LeakyReLU(0.2)])
+        width = channels
+    encoder.append(nn.Conv2d(width, statistics * latent, 8))  # linear
+    decoder.extend([nn.ConvTranspose2d(latent, width, 8), nn.LeakyReLU(0.2)])
+    inputs = [3] + [channels for channels, _, _ in layers[:-1]]  # of the encoder's layers
+    for c_out, (c_in, kernel, stride) in zip(reversed(inputs), reversed(layers), strict=True):
+        decoder.extend([nn.ConvTranspose2d(c_in, c_out, kernel, stride, 1), nn.LeakyReLU(0.2)])
+    decoder[-1] = nn.Sigmoid()
+    return encoder, decoder

@@ -31,7 +31,15 @@ USUAL_PRESETS = {  # of the book's own records, by data set, or by method and da
 }
 # Presets whose settings are the source's, so that their metrics can be held against printed ones. AnoViT's `paper` has
 # another output range than the published code. Of L2-CAE the layers are unknown, and much of its schedule is ours.
-FAITHFUL = {"vitmem": ("paper", "sec34"), "mala": ("paper",), "anovit": ("legacy",), "l2cae": ()}
+# So is that of AE-SSIM, whose source sees crops, and of the VAE, whose layers no paper says.
+FAITHFUL = {
+    "vitmem": ("paper", "sec34"),
+    "mala": ("paper",),
+    "anovit": ("legacy",),
+    "l2cae": (),
+    "aessim": (),
+    "vae": (),
+}
 IN_THE_MANNER_OF = {"ssltok"}  # too little is public for a reproduction
 OTHER_NETWORKS = {"padim"}  # methods whose backbone is no ViT
 EACH, ALL = "each", "all"  # as a category: one model for each, one of all
@@ -70,6 +78,7 @@ _DRAEM: dict[str, Column] = {"DRAEM": ("draem", {})}
 _PADIM: dict[str, Column] = {"PaDim": ("padim", {})}
 _SSLTOK: dict[str, Column] = {"Ours": ("ssltok", {})}
 _CONVOLUTIONS: dict[str, Column] = {"AnoViT": ("anovit", {}), "L2-CAE": ("l2cae", {})}
+_RIVALS: dict[str, Column] = {"AE_SSIM": ("aessim", {}), "VAE": ("vae", {})}
 _ABLATION: dict[str, Column] = {
     "Base": ("vitmem", vitmem.VARIANTS["base"]),
     "Base + M": ("vitmem", vitmem.VARIANTS["base_m"]),
@@ -82,8 +91,8 @@ _TEXTURES = "The paper paints textures of DTD; without --set textures=FOLDER the
 _JOINT = "mvtec+visa"  # Chen et al., sec. IV-C: one model for the categories of both
 
 TABLES = {
-    "yang2024-3": Table("yang2024", "Table 3", "mvtec", _IMAGE, _VITMEM | _CONVOLUTIONS),
-    "yang2024-4": Table("yang2024", "Table 4", "mvtec", _LOCAL, _VITMEM),
+    "yang2024-3": Table("yang2024", "Table 3", "mvtec", _IMAGE, _VITMEM | _CONVOLUTIONS | _RIVALS),
+    "yang2024-4": Table("yang2024", "Table 4", "mvtec", _LOCAL, _VITMEM | _RIVALS),
     "yang2024-5": Table(
         "yang2024", "Table 5", "btad", _ALL, _VITMEM | _DRAEM | {"SSPCAB": ("draem", draem.VARIANTS["sspcab"])}
     ),

@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from vitad.blocks import gaussian_blur
-from vitad.errors import UserError
+from vitad.blocks import convolutional_autoencoder, gaussian_blur
 from vitad.methods.base import Method
 from vitad.training import Phase
 
@@ -57,25 +56,7 @@ class Model(Method):
         super().__init__()
         self.settings = s = settings
         self.weights = {"source": "random"}
-        stems = {64: 1, 128: 2, 256: 3, 512: 4}.get(s.image_size)
-        if not stems:
-            raise UserError(f"image_size={s.image_size} does not suit l2cae. Choose 64, 128, 256 or 512.")
-        if s.latent < 1:
-            raise UserError(f"latent={s.latent} has to be at least 1.")
-        # channels, kernel, stride: down to 8 x 8, then one 8 x 8 convolution to the latent vector
-        layers = [(32, 4, 2)] * stems + [(32, 3, 1), (64, 4, 2), (64, 3, 1), (128, 4, 2), (64, 3, 1), (32, 3, 1)]
-        self.encoder, self.decoder = nn.Sequential(), nn.Sequential()
-        width = 3
-        for channels, kernel, stride in layers:
-            self.encoder.extend([nn.Conv2d(width, channels, kernel, stride, 1), nn.LeakyReLU(0.2)])
-            width = channels
-        self.encoder.append(nn.Conv2d(width, s.latent, 8))  # (B,latent,1,1), linear
-        # The decoder is the mirror of the encoder.
-        self.decoder.extend([nn.ConvTranspose2d(s.latent, width, 8), nn.LeakyReLU(0.2)])
-        inputs = [3] + [channels for channels, _, _ in layers[:-1]]  # of the encoder's layers
-        for c_out, (c_in, kernel, stride) in zip(reversed(inputs), reversed(layers), strict=True):
-            self.decoder.extend([nn.ConvTranspose2d(c_in, c_out, kernel, stride, 1), nn.LeakyReLU(0.2)])
-        self.decoder[-1] = nn.Sigmoid()
+        self.encoder, self.decoder = convolutional_autoencoder(s.image_size, s.latent)
         self.protocol = {
             "normalisation": "unit",
             "smoothing": f"Gaussian, sigma {s.sigma} px",
