@@ -215,7 +215,7 @@ def test_sspcab_sees_four_places_and_not_its_own():
 def test_draem_learns_to_repair_damage_and_to_mark_it(gears):
     """On damage that it has not seen, of images that it has."""
     torch.manual_seed(0)
-    model = make(draem, epochs=30, batch_size=12, lr=2e-3)
+    model = make(draem, epochs=40, batch_size=4)
     model.prepare(gears.train, CPU)
     history = train(model, gears.train, 0, CPU, amp=False)
     assert history[-1]["focal"] < 0.5 * history[0]["focal"]
@@ -230,7 +230,7 @@ def test_draem_learns_to_repair_damage_and_to_mark_it(gears):
         return (image - x).square().mean(1)[mask].mean()
 
     assert error(x_hat) < 0.8 * error(damaged["image"])
-    assert maps[mask].mean() > maps[~mask].mean()
+    assert maps[mask].mean() > 1.15 * maps[~mask].mean()
 
 
 @pytest.mark.parametrize(
