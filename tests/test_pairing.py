@@ -24,6 +24,7 @@ BASE = {
     "l2cae": {"batch_size": 5},
     "aessim": {"batch_size": 5},
     "vae": {"batch_size": 5},
+    "mkd": {"batch_size": 5},
     "patchknn": {"bank_size": 50},
 }
 
@@ -60,6 +61,7 @@ CHANGES = {
     "ssltok no_seg": {"segmentation"},
     "ssltok no_mask": {"train masked"},
     "ssltok no_synth": {"segmentation", "train damage"},
+    "mkd pretrained=True": {"source"},
     "patchknn pretrained=True": {"backbone", "bank"},
     "patchknn sampling=coreset": {"bank"},
     "patchknn rotations": {"bank"},
@@ -191,6 +193,7 @@ def test_all_draws_of_a_training_are_watched(traced):
         "l2cae": {"train order": 6},
         "aessim": {"train order": 6},
         "vae": {"train order": 6},
+        "mkd": {"train order": 6},
         "patchknn": {},
     }
     for name in ("mala", "ssltok"):

@@ -124,7 +124,7 @@ def test_names_are_readable_unique_and_safe():
 
 def test_the_data_and_presets_of_tables():
     by_method = pd.Series([r.method for r in requests("yang2024-3")]).value_counts()
-    assert by_method.to_dict() == dict.fromkeys(("vitmem", "anovit", "l2cae", "aessim", "vae"), 45)
+    assert by_method.to_dict() == dict.fromkeys(("vitmem", "anovit", "l2cae", "aessim", "vae", "mkd"), 45)
     assert {r.preset for r in requests("yang2024-3")} == {"paper"}
     assert {r.category for r in requests("yang2024-5")} == {"01", "02", "03"}
     assert len(requests("yang2024-6")) == 4 * 15 * 3

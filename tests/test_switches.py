@@ -101,6 +101,9 @@ def score_of_a_point(model):
     ("vae", "epochs", 3),
     ("vae", "batch_size", 3),
     ("vae", "lr", 0.5),
+    ("mkd", "epochs", 3),
+    ("mkd", "batch_size", 3),
+    ("mkd", "lr", 0.5),
 )
 def test_settings_of_training_reach_the_last_phase(method, name, value):
     usual, other = changed(method, name, value)
@@ -198,6 +201,7 @@ def test_an_autoencoder_has_another_layer_for_twice_the_size(method, name, value
     ("l2cae", "sigma", 2.0),
     ("aessim", "sigma", 2.0),
     ("vae", "sigma", 2.0),
+    ("mkd", "sigma", 4.0),
     ("patchknn", "sigma", 8.0),
 )
 def test_a_larger_sigma_makes_the_map_smoother(method, name, sigma, gears):
@@ -214,6 +218,9 @@ def test_a_larger_sigma_makes_the_map_smoother(method, name, sigma, gears):
     ("ssltok", "remember", False, {}),
     ("patchknn", "blocks", (1,), {}),
     ("vae", "map", "grad", {}),
+    ("mkd", "map", "guided", {}),
+    ("mkd", "strides", (2, 4), {}),
+    ("mkd", "backbone", "test_efficientnet", {}),
     ("vae", "steps", 5, {"map": "grad"}),
     ("vae", "step_size", 0.1, {"map": "grad"}),
     ("vae", "sparsity", 5.0, {"map": "grad"}),
@@ -666,6 +673,31 @@ def test_an_autoencoder_has_a_latent_vector_of_the_given_length(method, name, va
 def test_beta_weighs_the_divergence_of_the_vae(gears):
     usual, other = (losses(model, gears) for model in changed("vae", "beta", 0.3))
     assert other == pytest.approx({"mse": usual["mse"], "kl": 3 * usual["kl"]})
+
+
+@covers("mkd", "lambda_mse")
+def test_lambda_weighs_the_squared_error_of_mkd(gears):
+    usual, other = (losses(model, gears) for model in changed("mkd", "lambda_mse", 1.5))
+    assert other == pytest.approx({"cosine": usual["cosine"], "mse": 3 * usual["mse"]})
+
+
+@covers("mkd", "width")
+def test_the_cloner_of_mkd_has_the_given_width():
+    usual, other = changed("mkd", "width", 4)
+    assert [model.cloner.stages[0][0].out_channels for model in (usual, other)] == [8, 4]
+
+
+@each("method, value, side", ("mkd", "image_size", 128))
+def test_maps_have_the_image_size(method, value, side):
+    usual, other = changed(method, value, side)
+    assert [model.source(torch.rand(1, 3, s, s))[0].shape[-1] for model, s in ((usual, 64), (other, side))] == [32, 64]
+
+
+@each("method, name", ("mkd", "pretrained"))
+def test_pretrained_cnns_look_for_their_weights(method, name, tmp_path):
+    assert make(method).weights == {"source": "random"}
+    with pytest.raises(UserError, match="weights file .* does not exist"):
+        make(method, tmp_path / "none.safetensors", **{name: True})
 
 
 @covers("patchknn", "bank_size")

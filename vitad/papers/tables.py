@@ -38,6 +38,7 @@ FAITHFUL = {
     "l2cae": (),
     "aessim": (),
     "vae": (),
+    "mkd": (),
 }
 IN_THE_MANNER_OF = {"ssltok"}  # too little is public for a reproduction
 EACH = "each"  # as a category: one model for each
@@ -72,7 +73,7 @@ _VITMEM: dict[str, Column] = {"Ours": ("vitmem", {})}
 _MALA: dict[str, Column] = {"Ours": ("mala", {})}
 _SSLTOK: dict[str, Column] = {"Ours": ("ssltok", {})}
 _CONVOLUTIONS: dict[str, Column] = {"AnoViT": ("anovit", {}), "L2-CAE": ("l2cae", {})}
-_RIVALS: dict[str, Column] = {"AE_SSIM": ("aessim", {}), "VAE": ("vae", {})}
+_RIVALS: dict[str, Column] = {"AE_SSIM": ("aessim", {}), "VAE": ("vae", {}), "MKD": ("mkd", {})}
 _ABLATION: dict[str, Column] = {
     "Base": ("vitmem", vitmem.VARIANTS["base"]),
     "Base + M": ("vitmem", vitmem.VARIANTS["base_m"]),
