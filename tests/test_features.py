@@ -52,7 +52,7 @@ def test_guided_no_negative_gradient_passes_a_relu(sign, monkeypatch):
         conv = nn.Conv2d(3, 4, 3, padding=1)
         conv.weight.data.abs_()
         model.cloner = nn.Sequential(conv, nn.ReLU())
-        monkeypatch.setattr(model, "score", lambda x, net=model.cloner: 9 + sign * 1e-3 * net(x).sum((1, 2, 3)))
+        monkeypatch.setattr(model, "score", lambda x, net=model.cloner: 9 + sign * net(x).mean((1, 2, 3)))
         torch.manual_seed(0)
         conv.reset_parameters()
         conv.weight.data.abs_()
@@ -62,17 +62,17 @@ def test_guided_no_negative_gradient_passes_a_relu(sign, monkeypatch):
 
 
 def test_the_disagreement_falls_on_normal_images_most(gears):
-    """Training leaves the source as it is, and images with defects disagree more than good ones of the test set."""
-    model = make(mkd, epochs=40, batch_size=6, lr=3e-3)
+    """Training leaves the source as it is; on negatives of new good images the two go on to disagree."""
+    model = make(mkd, epochs=30, batch_size=6, lr=3e-3)
     before, source = model.score(gears.train.batch(range(6))["image"]).mean(), state(model.source)
     train(model, gears.train, 0, CPU, amp=False)
     model.eval()
     with torch.no_grad():
         after = model.score(gears.train.batch(range(6))["image"]).mean()
-        score = model.score(gears.test.batch(range(len(gears.test)))["image"])
-    bad = torch.as_tensor(gears.test.labels).bool()
+        good = gears.test.batch([i for i, label in enumerate(gears.test.labels) if label == 0])["image"]
+        normal, negative = model.score(good), model.score(1 - good)
     assert after < 0.3 * before and all(torch.equal(v, source[k]) for k, v in state(model.source).items())
-    assert score[bad].mean() > score[~bad].mean()
+    assert negative.min() > 2 * normal.max()
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_the_disagreement_falls_on_normal_images_most(gears):
         ({"strides": "4"}, "such as"),
         ({"strides": "2,8"}, "double"),
         ({"strides": "1,2"}, "begin at 2"),
-        ({"image_size": 72}, "no multiple of 16"),
+        ({"image_size": 72}, "a multiple of 16"),
         ({"map": "smooth"}, "setting map: 'smooth'"),
     ],
 )

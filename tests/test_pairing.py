@@ -11,6 +11,7 @@ from torch import nn
 
 from vitad import data, methods, training
 from vitad.methods import METHODS, anovit, mala, ssltok, vitmem
+from vitad.methods.rivals import dinomaly
 from vitad.randomness import generator, next_seed, seed_of, seeded
 from vitad.settings import resolve
 from vitad.training import Phase, train
@@ -26,7 +27,10 @@ BASE = {
     "vae": {"batch_size": 5},
     "mkd": {"batch_size": 5},
     "patchknn": {"bank_size": 50},
+    "padim": {},
+    "dinomaly": {"batch_size": 5},
 }
+CNNS = ("padim", "mkd")  # whose backbone is no ViT
 
 # Parts and draws that a switch adds, takes away or makes anew. A switch that is not named here does so with none.
 CHANGES = {
@@ -63,6 +67,9 @@ CHANGES = {
     "ssltok no_synth": {"segmentation", "train damage"},
     "mkd pretrained=True": {"source"},
     "patchknn pretrained=True": {"backbone", "bank"},
+    "padim pretrained=True": {"backbone"},
+    "dinomaly pretrained=True": {"backbone"},
+    "dinomaly no_dropout": {"train dropout"},
     "patchknn sampling=coreset": {"bank"},
     "patchknn rotations": {"bank"},
     "patchknn rotations_x8": {"bank"},
@@ -87,13 +94,13 @@ CASES = {f"{name} {label}": (name, overrides) for name in METHODS for label, ove
 
 
 @pytest.fixture(scope="module")
-def traced(toy_root, weights):
+def traced(toy_root, weights, cnn_weights):
     """A function: the weights that a model of a method starts from, and all that is drawn when it is trained."""
     load = cache(lambda size: data.load("toy", toy_root, "gear", image_size=size).train)
 
     @cache
     def trace(name, overrides=(), seed=0):
-        model = make(name, seed, weights, **dict(overrides))
+        model = make(name, seed, cnn_weights if name in CNNS else weights, **dict(overrides))
         found = {part: state(module) for part, module in model.named_children() if state(module)}
         images = load(model.settings.image_size)
         model.prepare(images, CPU)
@@ -149,6 +156,8 @@ def watched(model):
         if R := model.reconstruction:
             R.register_forward_pre_hook(lambda _, arguments: note("masked", arguments[1]))
             R.dropout.register_forward_hook(lambda _, __, tokens: note("dropout", tokens == 0))
+    if isinstance(model, dinomaly.Model):
+        model.bottleneck[0].register_forward_hook(lambda _, __, tokens: note("dropout", tokens == 0))
     return drawn
 
 
@@ -195,6 +204,8 @@ def test_all_draws_of_a_training_are_watched(traced):
         "vae": {"train order": 6},
         "mkd": {"train order": 6},
         "patchknn": {},
+        "padim": {},
+        "dinomaly": {"train order": 3, "train dropout": 3},
     }
     for name in ("mala", "ssltok"):
         for purpose, draws in traced(name).items():

@@ -130,8 +130,12 @@ def test_the_data_and_presets_of_tables():
     assert len(requests("yang2024-6")) == 4 * 15 * 3
     assert {r.hash for r in requests("yang2024-4") if r.method == "vitmem"} <= {r.hash for r in requests("yang2024-6")}
     # one model for the categories of both data sets, which serves both tables
-    assert [r.name for r in requests("mala2023-1", seeds=1)] == ["mala-mvtec+visa-all-paper-s0"]
-    assert requests("mala2023-1") == requests("mala2023-3")
+    assert [r.name for r in requests("mala2023-1", seeds=1)] == [
+        "mala-mvtec+visa-all-paper-s0",
+        "padim-mvtec+visa-all-paper-s0",
+        "mkd-mvtec+visa-all-paper-s0",
+    ]
+    assert [r for r in requests("mala2023-1") if r.method != "mkd"] == requests("mala2023-3")
     assert {(r.split, r.preset) for r in requests("mala2023-mt")} == {("mala100", "small_dinov2")}
     assert {(r.split, r.preset) for r in requests("yang2024-6", "mt")} == {("grouped", "small")}
     assert {(r.category, r.preset) for r in requests("yang2024-6", "toy")} == {("gear", "demo")}
@@ -300,6 +304,26 @@ def test_weights_that_start_at_random_are_not_the_papers(source, why):
     assert set(frame["reason"].dropna()) == set()
 
 
+def test_settings_and_weights_of_a_table_go_to_the_methods_that_have_them():
+    asked = requests("mala2023-3", weights="mae.pth", overrides={"textures": "/data/dtd", "amp": False}, seeds=1)
+    given = {r.method: (r.weights, r.overrides.keys()) for r in asked}
+    assert given == {"mala": ("mae.pth", {"textures", "amp"}), "padim": ("auto", {"amp"})}
+    with pytest.raises(UserError, match="unknown setting 'texture'. Did you mean 'textures'"):
+        requests("mala2023-3", overrides={"texture": "/data/dtd"})
+
+
+def test_a_substitute_of_the_network_is_never_judged():
+    value = {f"{one}/{c}": 0.9 for one in ("mvtec", "visa") for c in data.get(one).categories()}
+    found = made("mala2023-1", lambda r: value)
+    for r in found.values():
+        if r["method"] == "padim":
+            r["protocol"]["substitute"] = "lite0 for resnet18"
+    frame = cells(Reproduction("mala2023-1"), found)
+    (one,) = frame.query("column == 'PaDim' and category == 'average' and metric == 'image_auroc'").to_dict("records")
+    assert (one["verdict"], one["reason"], one["reported"]) == ("not comparable", "substitute network", 82.4)
+    assert one["difference"] == pytest.approx(90 - one["recomputed"])
+
+
 @pytest.mark.parametrize(
     ("given", "why"),
     [
@@ -313,7 +337,7 @@ def test_settings_for_the_whole_table(given, why):
     """The folder of DTD is the paper's own setting, which it needs; others make another method of it."""
     value = {f"{one}/{c}": 0.999 for one in ("mvtec", "visa") for c in data.get(one).categories()}
     options = dict(weights="mae.pth", overrides=given)
-    asked = requests("mala2023-3", **options)
+    asked = [r for r in requests("mala2023-3", **options) if r.method == "mala"]
     assert {r.hash for r in asked}.isdisjoint(r.hash for r in requests("mala2023-3", weights="mae.pth"))
     assert len({r.name.removesuffix(f"-s{r.seed}") for r in asked}) == 1  # seeds differ in nothing else
     found = made("mala2023-3", lambda r: value, **options)
@@ -321,7 +345,8 @@ def test_settings_for_the_whole_table(given, why):
         r["weights"]["source"] = "file mae.pth"
     frame = cells(Reproduction("mala2023-3", **options), found)
     assert reason(frame, "average", "Ours", "pixel_auroc") == why
-    assert cells(Reproduction("mala2023-3", weights="mae.pth"), found)["reproduced"].isna().all()
+    plain = cells(Reproduction("mala2023-3", weights="mae.pth"), found)
+    assert plain.query("column == 'Ours'")["reproduced"].isna().all()
     for r in found.values():  # a folder of that name with other images in it
         r["protocol"]["textures"] = "other images, 12 of 12 files"
     frame = cells(Reproduction("mala2023-3", **options), found)
@@ -693,7 +718,7 @@ def test_missing_runs_are_made_and_a_failing_one_stops_no_other(table, toy_root,
 
 def test_weights_are_passed_on_and_their_runs_found_again(table, toy_root, monkeypatch):
     options = dict(dataset="toy", preset="smoke", seeds=1, weights="mae.pth")
-    (asked,) = requests("mala2023-1", **options)
+    (asked,) = requests("mala2023-ksdd2", **options)
     assert asked.command("x")[-4:] == ["--weights", "mae.pth", "--out", "x"]
     made = []
 
@@ -703,12 +728,12 @@ def test_weights_are_passed_on_and_their_runs_found_again(table, toy_root, monke
         return runs.read_record(out)
 
     monkeypatch.setattr(runs, "run", run)
-    words = ["mala2023-1", "--dataset", "toy", "--preset", "smoke", "--seeds", 1, "--data-root", toy_root]
+    words = ["mala2023-ksdd2", "--dataset", "toy", "--preset", "smoke", "--seeds", 1, "--data-root", toy_root]
     status, text = table(*words, "--set", "textures=/dtd", "stage1_epochs=1", "--weights", "mae.pth")
     assert "--set textures=/dtd stage1_epochs=1 --weights mae.pth" in text and "1 missing" in text
     status, text = table(*words, "--weights", "mae.pth", "--run")
     assert status == 0 and [r.weights for r in made] == ["mae.pth"]
-    assert list(Path("runs/tables").glob("mala2023-1-toy-smoke-mae_*.csv"))
+    assert list(Path("runs/tables").glob("mala2023-ksdd2-toy-smoke-mae_*.csv"))
     assert "1 there, 0 missing" in table(*words, "--weights", "mae.pth")[1]
     status, text = table(*words)
     assert "0 there, 1 missing" in text and "--weights" not in text

@@ -145,6 +145,8 @@ def test_steps_are_those_of_a_training(name, gears, monkeypatch):
         ("mala", "mvtec+visa", None, {"stage1_batch_size": 128, "batch_size": 32}, [42 * 2, 67 * 2]),
         ("ssltok", "mvtec", "bottle", {"min_steps": 5000}, [14 * 358]),  # as many epochs as 5,000 steps need
         ("patchknn", "mvtec", "bottle", {}, []),
+        ("padim", "mvtec", "bottle", {}, []),
+        ("dinomaly", "mvtec", "bottle", {"steps": 5000}, [14 * 358]),
     ],
 )
 def test_steps_of_known_data_sets(method, dataset, category, settings, steps):

@@ -104,6 +104,10 @@ def score_of_a_point(model):
     ("mkd", "epochs", 3),
     ("mkd", "batch_size", 3),
     ("mkd", "lr", 0.5),
+    ("dinomaly", "batch_size", 3),
+    ("dinomaly", "lr", 0.5),
+    ("dinomaly", "weight_decay", 0.5),
+    ("dinomaly", "clip", 3.0),
 )
 def test_settings_of_training_reach_the_last_phase(method, name, value):
     usual, other = changed(method, name, value)
@@ -154,7 +158,10 @@ def test_the_foreground_can_be_given_as_masks(toy_root, tmp_path):
 
 # --- encoders and sizes -----------------------------------------------------------------------------------
 
-VITS = {"anovit": "encoder", "vitmem": "encoder", "mala": "encoder", "ssltok": "tokenizer", "patchknn": "backbone"}
+VITS = {"anovit": "encoder", "vitmem": "encoder", "mala": "encoder", "ssltok": "tokenizer"} | {
+    "patchknn": "backbone",
+    "dinomaly": "backbone",
+}
 
 
 @each("method, name", *VITS.items())
@@ -169,6 +176,12 @@ def test_pretrained_reads_the_weights(method, name, weights):
     decoder = ", decoder random" if method == "mala" else ""
     assert other.weights["source"] == f"file given.safetensors{decoder}"
     assert make(method, weights).weights["source"] == "random"
+
+
+@each("method, name", ("padim", "pretrained"), ("mkd", "pretrained"))
+def test_pretrained_reads_the_weights_of_a_cnn(method, name, cnn_weights):
+    _, other = changed(method, name, True, weights=cnn_weights)
+    assert other.weights["source"] == "file cnn.safetensors" and make(method, cnn_weights).weights["source"] == "random"
 
 
 @each("method, name", *((method, "image_size") for method in VITS))
@@ -203,6 +216,8 @@ def test_an_autoencoder_has_another_layer_for_twice_the_size(method, name, value
     ("vae", "sigma", 2.0),
     ("mkd", "sigma", 4.0),
     ("patchknn", "sigma", 8.0),
+    ("padim", "sigma", 2.0),
+    ("dinomaly", "sigma", 8.0),
 )
 def test_a_larger_sigma_makes_the_map_smoother(method, name, sigma, gears):
     usual, other = changed(method, name, sigma)
@@ -224,6 +239,12 @@ def test_a_larger_sigma_makes_the_map_smoother(method, name, sigma, gears):
     ("vae", "steps", 5, {"map": "grad"}),
     ("vae", "step_size", 0.1, {"map": "grad"}),
     ("vae", "sparsity", 5.0, {"map": "grad"}),
+    ("padim", "strides", (8, 16), {}),
+    ("padim", "ridge", 1.0, {}),
+    ("padim", "shared", True, {}),
+    ("dinomaly", "blocks", (1, 2), {}),
+    ("dinomaly", "groups", 1, {}),
+    ("dinomaly", "linear_attention", False, {}),
 )
 def test_settings_of_the_score_change_the_map(method, name, value, both, gears):
     usual, other = changed(method, name, value, **both)
@@ -693,13 +714,6 @@ def test_maps_have_the_image_size(method, value, side):
     assert [model.source(torch.rand(1, 3, s, s))[0].shape[-1] for model, s in ((usual, 64), (other, side))] == [32, 64]
 
 
-@each("method, name", ("mkd", "pretrained"))
-def test_pretrained_cnns_look_for_their_weights(method, name, tmp_path):
-    assert make(method).weights == {"source": "random"}
-    with pytest.raises(UserError, match="weights file .* does not exist"):
-        make(method, tmp_path / "none.safetensors", **{name: True})
-
-
 @covers("patchknn", "bank_size")
 def test_patchknn_keeps_the_given_number_of_patches(gears):
     usual, other = changed("patchknn", "bank_size", 20)
@@ -755,6 +769,114 @@ def test_patchknn_reads_the_given_number_of_images_at_a_time(gears):
 
     usual, other = changed("patchknn", "batch_size", 5)
     assert [at_a_time(model) for model in (usual, other)] == [8, 5]
+
+
+@covers("padim", "backbone")
+def test_padim_can_take_another_cnn():
+    usual, other = changed("padim", "backbone", "test_efficientnet")
+    assert [model.backbone.channels for model in (usual, other)] == [[32, 48, 192], [24, 32, 48]]
+    assert make("padim", backbone="resnet18.tv_in1k").protocol.get("substitute") is None
+    assert other.protocol["substitute"] == "test_efficientnet for resnet18.tv_in1k"
+
+
+@each("method, name, value, shape", ("padim", "image_size", 96, (144, 20)), ("padim", "grid", 16, (16, 20)))
+def test_padim_has_a_gaussian_at_each_place_of_its_grid(method, name, value, shape):
+    assert [model.mean.shape for model in changed(method, name, value)] == [(64, 20), shape]
+
+
+@covers("padim", "channels")
+def test_padim_keeps_the_given_number_of_channels():
+    usual, other = changed("padim", "channels", 30)
+    assert [len(set(model.chosen.tolist())) for model in (usual, other)] == [20, 30]
+
+
+@covers("padim", "batch_size")
+def test_padim_reads_the_given_number_of_images_at_a_time(gears):
+    def at_a_time(model):
+        sizes, features = [], model.features
+        model.features = lambda images: sizes.append(len(images)) or features(images)
+        model.prepare(gears.train, CPU)
+        return sizes
+
+    usual, other = changed("padim", "batch_size", 5)
+    assert [at_a_time(model) for model in (usual, other)] == [[12], [5, 5, 2]]
+    torch.testing.assert_close(usual.mean, other.mean)
+    torch.testing.assert_close(usual.whiten, other.whiten, rtol=1e-3, atol=1e-3)
+
+
+@covers("dinomaly", "depth")
+def test_the_decoder_of_dinomaly_has_the_given_depth():
+    usual, other = changed("dinomaly", "depth", 4)
+    assert [len(model.decoder) for model in (usual, other)] == [2, 4]
+
+
+@covers("dinomaly", "dropout")
+def test_the_bottleneck_of_dinomaly_has_the_given_dropout():
+    usual, other = changed("dinomaly", "dropout", 0.5)
+    assert [{layer.p for layer in layers(model.bottleneck, nn.Dropout)} for model in (usual, other)] == [{0.2}, {0.5}]
+
+
+def weakened(model):
+    """Gradients (n,) of equal and opposite ones at 100 places whose errors rise, once ten steps are done."""
+    targets = torch.eye(2)[0].expand(1, model.settings.groups, 100, 2)
+    angle = torch.linspace(0.1, 1, 100)
+    rebuilt = torch.stack([angle.cos(), angle.sin()], -1).expand_as(targets).clone().requires_grad_()
+    model.done.fill_(10)
+    model.weaken(rebuilt, targets).sum().backward()
+    return rebuilt.grad[0, 0, :, 0]
+
+
+@covers("dinomaly", "easy")
+def test_dinomaly_weakens_the_given_share_of_places():
+    usual, other = changed("dinomaly", "easy", 0.3)
+    assert [int((weakened(model) < 1).sum()) for model in (usual, other)] == [90, 30]
+    one = torch.rand(1, 2, 16, 64)
+    assert torch.equal(make("dinomaly", easy=0.0).weaken(one, one), one)
+
+
+@covers("dinomaly", "easy_weight")
+def test_dinomaly_weakens_by_the_given_factor():
+    usual, other = changed("dinomaly", "easy_weight", 0.5)
+    assert [round(weakened(model).min().item(), 4) for model in (usual, other)] == [0.1, 0.5]
+
+
+@covers("dinomaly", "easy_steps")
+def test_dinomaly_weakens_more_places_from_step_to_step():
+    usual, other = changed("dinomaly", "easy_steps", 20)
+    assert [int((weakened(model) < 1).sum()) for model in (usual, other)] == [90, 45]
+
+
+@covers("dinomaly", "steps")
+def test_dinomaly_trains_for_the_given_steps(gears):
+    """Twelve images in batches of five are three steps an epoch."""
+    usual, other = changed("dinomaly", "steps", 31, batch_size=5)
+    for model in (usual, other):
+        model.prepare(gears.train, CPU)
+    assert [model.phases()[0].epochs for model in (usual, other)] == [1, 11]
+
+
+@each("method, name, value, rates", ("dinomaly", "lr_end", 1e-3, (1, 0.5)), ("dinomaly", "warm_up", 0.5, (0.4, 0.1)))
+def test_the_rate_of_dinomaly_rises_and_falls(method, name, value, rates):
+    """After a fifth of the steps and at their end, in units of the highest."""
+    both = {} if name == "warm_up" else {"warm_up": 0.2}
+    usual, other = (model.phases()[0].schedule for model in changed(method, name, value, **both))
+    assert (other(0.2), other(1.0)) == pytest.approx(rates) and usual(1.0) == pytest.approx(0.1)
+
+
+@covers("dinomaly", "cache")
+def test_dinomaly_sees_the_same_whether_tokens_are_kept_or_not(gears):
+    usual, other = changed("dinomaly", "cache", False)
+    for model in (usual, other):
+        model.prepare(gears.train, CPU)
+        model.train()
+    assert usual.cache and other.cache is None
+    assert losses(usual, gears)["cosine"] == pytest.approx(losses(other, gears)["cosine"], rel=1e-3)
+
+
+@covers("dinomaly", "top")
+def test_dinomaly_scores_the_given_share_of_pixels():
+    usual, other = changed("dinomaly", "top", 0.5)
+    assert score_of_a_point(other) == round(1 / 2048, 4) != score_of_a_point(usual)
 
 
 # --- none is missing --------------------------------------------------------------------------------------

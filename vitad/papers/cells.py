@@ -51,7 +51,8 @@ def cells(table: Reproduction, records: Mapping[str, Record]) -> pd.DataFrame:
     * `verdict`: `reproduced`, `differs` or `undecided` by the margins of `vitad.evidence.MARGINS`, else
       `not comparable`.
     * `reason`, for want of a verdict. `other data` is not the paper's data set, or not all of its images, and has no
-      difference. `in the manner of` is no reproduction of the paper's method. `model of 3 of 27 categories` was trained
+      difference. `in the manner of` is no reproduction of the paper's method. `substitute network` has another
+      pretrained network in place of the method's own. `model of 3 of 27 categories` was trained
       on fewer than the paper's, which is one model of all. `other settings` are not the source's.
       `other weights` start at random what the method's settings have pretrained, such as MALA's decoder without MAE's
       file. `nothing printed` leaves nothing to judge. `one seed` has no spread to judge by and is `undecided`.
@@ -170,6 +171,8 @@ def _not_comparable(table: Reproduction, asked: Request, runs: Runs) -> str | No
         return OTHER_DATA
     if method in IN_THE_MANNER_OF:
         return "in the manner of"
+    if any("substitute" in record["protocol"] for _, record in runs):
+        return "substitute network"
     n, of = len(tested(runs[0][0])), len(tested(asked))
     if n < of:
         return f"model of {n} of {of} categories"

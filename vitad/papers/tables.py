@@ -41,7 +41,8 @@ FAITHFUL = {
     "mkd": (),
 }
 IN_THE_MANNER_OF = {"ssltok"}  # too little is public for a reproduction
-EACH = "each"  # as a category: one model for each
+OTHER_NETWORKS = {"padim", "mkd"}  # methods whose backbone is no ViT
+EACH, ALL = "each", "all"  # as a category: one model for each, one of all
 Column = tuple[str, Mapping[str, Any]]  # method and overrides
 
 
@@ -51,8 +52,9 @@ class Table:
 
     `paper` is its name in the printed numbers. `dataset` is what the methods are trained on, as in `vitad.data.load`,
     and `split` the paper's own. `printed` names the file of printed numbers, if it is not that of the table, and
-    `tested` the data set of these numbers, if it is not `dataset`. `columns` says how a printed column (or a row of an
-    ablation) is run. The other columns are shown as reported.
+    `tested` the data set of these numbers, if it is not `dataset`. `category` is what all columns train a model on,
+    where that is not the default of their methods. `columns` says how a printed column (or a row of an ablation) is
+    run. The other columns are shown as reported.
     """
 
     paper: str
@@ -63,6 +65,7 @@ class Table:
     printed: str | None = None
     tested: str | None = None
     split: str | None = None
+    category: str | None = None
     others: bool = True  # False: of the printed columns, only those that are run
     dtd: bool = False  # the paper paints textures of DTD, which do not come with vitad
     ahead: tuple[str, ...] = ()  # two columns: in how many categories the first is above the second
@@ -71,9 +74,11 @@ class Table:
 
 _VITMEM: dict[str, Column] = {"Ours": ("vitmem", {})}
 _MALA: dict[str, Column] = {"Ours": ("mala", {})}
+_RIVALS_OF_MALA: dict[str, Column] = {"PaDim": ("padim", {})}
 _SSLTOK: dict[str, Column] = {"Ours": ("ssltok", {})}
 _CONVOLUTIONS: dict[str, Column] = {"AnoViT": ("anovit", {}), "L2-CAE": ("l2cae", {})}
-_RIVALS: dict[str, Column] = {"AE_SSIM": ("aessim", {}), "VAE": ("vae", {}), "MKD": ("mkd", {})}
+_MKD: dict[str, Column] = {"MKD": ("mkd", {})}
+_RIVALS: dict[str, Column] = {"AE_SSIM": ("aessim", {}), "VAE": ("vae", {})} | _MKD
 _ABLATION: dict[str, Column] = {
     "Base": ("vitmem", vitmem.VARIANTS["base"]),
     "Base + M": ("vitmem", vitmem.VARIANTS["base_m"]),
@@ -90,8 +95,28 @@ TABLES = {
     "yang2024-4": Table("yang2024", "Table 4", "mvtec", _LOCAL, _VITMEM | _RIVALS),
     "yang2024-5": Table("yang2024", "Table 5", "btad", _ALL, _VITMEM),
     "yang2024-6": Table("yang2024", "Table 6", "mvtec", _ALL, _ABLATION),
-    "mala2023-1": Table("mala2023", "Table 1", _JOINT, _BOTH, _MALA, tested="mvtec", dtd=True, note=_TEXTURES),
-    "mala2023-3": Table("mala2023", "Table 3", _JOINT, _BOTH, _MALA, tested="visa", dtd=True, note=_TEXTURES),
+    "mala2023-1": Table(
+        "mala2023",
+        "Table 1",
+        _JOINT,
+        _BOTH,
+        _MALA | _RIVALS_OF_MALA | _MKD,
+        tested="mvtec",
+        category=ALL,
+        dtd=True,
+        note=_TEXTURES,
+    ),
+    "mala2023-3": Table(
+        "mala2023",
+        "Table 3",
+        _JOINT,
+        _BOTH,
+        _MALA | _RIVALS_OF_MALA,
+        tested="visa",
+        category=ALL,
+        dtd=True,
+        note=_TEXTURES,
+    ),
     "mala2023-mt": Table(
         "mala2023",
         "sec. IV-D-3",
@@ -144,9 +169,9 @@ class Reproduction:
     seeds
         How many, from 0.
     weights
-        Of the backbone, as in `Request`.
+        Of the backbone, as in `Request`, of the methods with a ViT; `OTHER_NETWORKS` look for their own.
     overrides
-        Further settings of all runs, beside those that make the columns.
+        Further settings of the runs, beside those that make the columns; of each method those that it has.
     data_root, device
         As in `Request`.
 
@@ -213,22 +238,24 @@ class Reproduction:
         if clash := sorted(overrides.keys() & self.overrides):
             value = self.overrides[clash[0]]
             raise UserError(f"{clash[0]}={value}: the columns of {self.name} differ in {clash[0]}. Leave it out.")
+        models = models_of(method, self.dataset, self.category or self.table.category)
         first = Request(
             method,
             self.dataset,
             split=self.split,
-            category=models_of(method, self.dataset, self.category)[0],
+            category=models[0],
             preset=self.preset or usual_preset(method, self.dataset),
-            overrides={**overrides, **self.overrides},
-            weights=self.weights,
+            overrides={**overrides, **self._settings_of(method)},
+            weights=AUTO if method in OTHER_NETWORKS else self.weights,
             data_root=self.data_root,
             device=self.device,
         )
-        return [
-            replace(first, category=category, seed=seed)
-            for category in models_of(method, self.dataset, self.category)
-            for seed in range(self.seeds)
-        ]
+        return [replace(first, category=category, seed=seed) for category in models for seed in range(self.seeds)]
+
+    def _settings_of(self, method: str) -> dict[str, Any]:
+        """Those of the overrides that a method has. What none of the table's methods has stays, and is refused."""
+        has = {name: {f.name for f in fields(methods.get(name).Settings)} for name, _ in self.table.columns.values()}
+        return {k: v for k, v in self.overrides.items() if k in has[method] or not any(k in h for h in has.values())}
 
     @property
     def title(self) -> str:

@@ -1,0 +1,190 @@
+"""The systems that the papers compare with, beside `l2cae` and `patchknn`: the ideas that make them work."""
+
+import numpy as np
+import pytest
+import torch
+from helpers import CPU, equal, make, state
+from scipy.ndimage import gaussian_filter
+from torch.nn import functional as F
+
+from vitad.errors import UserError
+from vitad.methods.rivals import dinomaly, padim
+from vitad.training import train
+
+# --- PaDiM ------------------------------------------------------------------------------------------------
+
+
+def padim_of(images, **overrides):
+    model = make(padim, **overrides)
+    model.prepare(images, CPU)
+    return model
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_padim_map_is_the_mahalanobis_distance_at_each_place(gears, shared):
+    """Against numpy, in double precision, place by place."""
+    model = padim_of(gears.train, shared=shared, batch_size=5)
+    images = gears.test.batch(range(3))["image"]
+
+    def grid(images):
+        """(B,64,C): coarse cells repeated; all three maps begin at the grid of stride 8, which is the mean of 2 x 2."""
+        fine, same, coarse = model.backbone(images)
+        fine = F.avg_pool2d(fine, 2)
+        coarse = coarse.repeat_interleave(2, 2).repeat_interleave(2, 3)
+        return torch.cat([fine, same, coarse], 1)[:, model.chosen].flatten(2).mT.double().numpy()
+
+    normal, tested = grid(gears.train.batch(range(12))["image"]), grid(images)
+    expected = np.zeros((3, 64))
+    for place in range(64):
+        samples = normal.reshape(-1, 20) if shared else normal[:, place]
+        inverse = np.linalg.inv(np.cov(samples.T) + 0.01 * np.eye(20))
+        for i in range(3):
+            d = tested[i, place] - samples.mean(0)
+            expected[i, place] = np.sqrt(d @ inverse @ d)
+    expected = torch.from_numpy(expected).view(3, 1, 8, 8)
+    expected = F.interpolate(expected, (64, 64), mode="bilinear", align_corners=False)[:, 0]
+    expected = np.stack([gaussian_filter(m, 1.0) for m in expected.numpy()])
+    maps = model.anomaly_map(images)
+    np.testing.assert_allclose(maps, expected, rtol=2e-3)
+    assert torch.equal(model.image_score(maps), maps.amax((1, 2)))
+
+
+def test_padim_distances_of_fresh_draws_have_the_mean_that_theory_gives(gears):
+    """The squared distance of a Gaussian vector of 20 channels is 20 on average."""
+    model, random = make(padim, ridge=0.0, shared=True), torch.Generator().manual_seed(0)
+    mix = torch.randn(20, 20, generator=random)
+    model.features = lambda images: torch.randn(1, 4000, 20, generator=random) @ mix + 3
+    model.prepare(gears.train, CPU)
+    centred = model.features(None)[0] - model.mean
+    assert (centred @ model.whiten[0].T).square().sum(1).mean() == pytest.approx(20, rel=0.05)
+
+
+def test_padim_without_a_ridge_does_not_care_for_the_scale_of_a_channel(gears):
+    def distance(scale):
+        model, random = make(padim, ridge=0.0, shared=True), torch.Generator().manual_seed(0)
+        model.features = lambda images: torch.randn(1, 64, 20, generator=random) * scale
+        model.prepare(gears.train, CPU)
+        return model.anomaly_map(torch.zeros(1, 3, 64, 64))
+
+    scale = torch.ones(20)
+    scale[3] = 10
+    torch.testing.assert_close(distance(scale), distance(1), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        ({"channels": 273}, "channels=273: the maps of test_resnet have 272 in all"),
+        ({"grid": 7}, "grid=7 does not divide image_size=64"),
+        ({"strides": (3,)}, r"strides=\(3,\): test_resnet has 2, 4, 8"),
+    ],
+)
+def test_padim_refuses_what_it_cannot_do(overrides, message):
+    with pytest.raises(UserError, match=message):
+        make(padim, **overrides)
+
+
+def test_padim_needs_a_ridge_where_images_are_few(gears):
+    with pytest.raises(UserError, match="ridge=0.0 leaves covariances of 12 samples singular"):
+        padim_of(gears.train, ridge=0.0)
+
+
+# --- Dinomaly ---------------------------------------------------------------------------------------------
+
+
+def test_linear_attention_is_its_formula_token_by_token():
+    """Each token takes the mean of all values, weighed by phi(q) . phi(k) with phi = elu + 1."""
+    torch.manual_seed(0)
+    attention = make(dinomaly).decoder[0].attn
+    x = torch.randn(2, 5, 64)
+    q, k, v = attention.qkv(x).view(2, 5, 3, 2, 32).unbind(2)  # (B,N,heads,d) each
+    expected = torch.zeros(2, 5, 2, 32)
+    for b, n, head in np.ndindex(2, 5, 2):
+        weight = torch.stack([(F.elu(q[b, n, head]) + 1) @ (F.elu(k[b, m, head]) + 1) for m in range(5)])
+        expected[b, n, head] = weight / weight.sum() @ v[b, :, head]
+    torch.testing.assert_close(attention(x), attention.proj(expected.flatten(2)), atol=1e-6, rtol=1e-4)
+
+
+def test_the_loss_of_dinomaly_compares_whole_maps_and_its_map_compares_places(gears):
+    model, images = make(dinomaly, sigma=0.0), gears.test.batch(range(3))["image"]
+    with torch.no_grad():
+        fused, targets = model.encode(images)
+        rebuilt = model.decode(fused)
+        loss, maps = model.losses({"image": images})["cosine"], model.anomaly_map(images)
+    assert fused.shape == (3, 17, 64) and targets.shape == rebuilt.shape == (3, 2, 16, 64)  # the class token goes along
+    cosine = F.cosine_similarity(rebuilt.view(6, -1), targets.view(6, -1))
+    assert loss.item() == pytest.approx(1 - cosine.mean().item(), abs=1e-5)
+    at_places = (1 - F.cosine_similarity(rebuilt, targets, dim=-1)).mean(1).view(3, 4, 4)
+    torch.testing.assert_close(maps[:, ::63, ::63], at_places[:, ::3, ::3], atol=1e-5, rtol=1e-4)  # at the corners
+
+
+def test_dinomaly_compares_the_middle_layers_as_they_are(gears):
+    """Not after the last layer norm; the last of the decoder's blocks answers to the first of the layers."""
+    model, images = make(dinomaly), gears.test.batch(range(2))["image"]
+    outputs = []
+    for block in model.backbone.blocks:
+        block.register_forward_hook(lambda _, __, x: outputs.append(x))
+    with torch.no_grad():
+        fused, targets = model.encode(images)
+    second, third, fourth, fifth = outputs[1:]
+    torch.testing.assert_close(fused, (second + third + fourth + fifth) / 4)
+    torch.testing.assert_close(targets[:, 0], (second + third)[:, 1:] / 2)
+    rebuilt = []
+    for block in model.decoder:
+        block.register_forward_hook(lambda _, __, x: rebuilt.append(x))
+    with torch.no_grad():
+        decoded = model.decode(fused)
+    assert torch.equal(decoded[:, 0], rebuilt[1][:, 1:]) and torch.equal(decoded[:, 1], rebuilt[0][:, 1:])
+
+
+def test_easy_places_have_a_tenth_of_the_gradient_and_the_others_all_of_it(gears):
+    """At step 0 no place is easy. When the share has risen to 0.9, those with the lowest error are."""
+    model = make(dinomaly)
+    fused, targets = model.encode(gears.train.batch(range(4))["image"])
+    rebuilt = model.decode(fused).detach().requires_grad_()
+
+    def gradient(done):
+        model.done.fill_(done)
+        weakened = model.weaken(rebuilt, targets)
+        assert torch.equal(weakened, rebuilt)  # the values stay
+        (found,) = torch.autograd.grad((weakened * targets).sum(), rebuilt)
+        return found
+
+    factor = (gradient(99) / gradient(0)).mean(-1)
+    assert torch.equal(gradient(0), targets)
+    error = 1 - F.cosine_similarity(rebuilt, targets, dim=-1)
+    for group in range(2):
+        limit = error[:, group].flatten().sort().values[int(0.9 * 64)]
+        expected = torch.where(error[:, group] < limit, 0.1, 1.0)
+        torch.testing.assert_close(factor[:, group], expected, rtol=1e-3, atol=1e-3)
+
+
+def test_dinomaly_trains_its_decoder_alone_and_finds_a_pasted_square(gears):
+    model = make(dinomaly, steps=60, batch_size=12, depth=2)
+    before = state(model.backbone)
+    model.prepare(gears.train, CPU)
+    history = train(model, gears.train, 0, CPU, amp=False)
+    assert equal(state(model.backbone), before) and model.done == 60
+    assert not any(p.requires_grad for p in model.backbone.parameters())
+    assert history[-1]["cosine"] < 0.7 * history[0]["cosine"]
+    image = gears.train.batch([0])["image"]
+    pasted = image.clone()
+    pasted[..., 16:32, 32:48] = torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        normal, damaged = model.eval().anomaly_map(torch.cat([image, pasted]))
+    rise = damaged - normal
+    row, column = divmod(int(rise.argmax()), 64)
+    assert 12 <= row < 36 and 28 <= column < 52 and rise.max() > 0.05
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        ({"blocks": (2, 9)}, "test_vit has blocks 1 to 6"),
+        ({"groups": 3}, "groups=3 has to divide depth=2"),
+        ({"dropout": 1.5}, "are shares"),
+    ],
+)
+def test_dinomaly_refuses_what_it_cannot_do(overrides, message):
+    with pytest.raises(UserError, match=message):
+        make(dinomaly, **overrides)
