@@ -25,12 +25,13 @@ BASE = {
     "l2cae": {"batch_size": 5},
     "aessim": {"batch_size": 5},
     "vae": {"batch_size": 5},
+    "mkd": {"batch_size": 5},
     "patchknn": {"bank_size": 50},
     "padim": {},
     "dinomaly": {"batch_size": 5},
     "draem": {"batch_size": 5},
 }
-CNNS = ("padim",)  # whose backbone is no ViT
+CNNS = ("padim", "mkd")  # whose backbone is no ViT
 
 # Parts and draws that a switch adds, takes away or makes anew. A switch that is not named here does so with none.
 CHANGES = {
@@ -65,6 +66,7 @@ CHANGES = {
     "ssltok no_seg": {"segmentation"},
     "ssltok no_mask": {"train masked"},
     "ssltok no_synth": {"segmentation", "train damage"},
+    "mkd pretrained=True": {"source"},
     "patchknn pretrained=True": {"backbone", "bank"},
     "padim pretrained=True": {"backbone"},
     "dinomaly pretrained=True": {"backbone"},
@@ -204,6 +206,7 @@ def test_all_draws_of_a_training_are_watched(traced):
         "l2cae": {"train order": 6},
         "aessim": {"train order": 6},
         "vae": {"train order": 6},
+        "mkd": {"train order": 6},
         "patchknn": {},
         "padim": {},
         "dinomaly": {"train order": 3, "train dropout": 3},

@@ -108,6 +108,9 @@ def score_of_a_point(model):
     ("vae", "epochs", 3),
     ("vae", "batch_size", 3),
     ("vae", "lr", 0.5),
+    ("mkd", "epochs", 3),
+    ("mkd", "batch_size", 3),
+    ("mkd", "lr", 0.5),
 )
 def test_settings_of_training_reach_the_last_phase(method, name, value):
     usual, other = changed(method, name, value)
@@ -181,7 +184,7 @@ def test_pretrained_reads_the_weights(method, name, weights):
     assert make(method, weights).weights["source"] == "random"
 
 
-@each("method, name", ("padim", "pretrained"))
+@each("method, name", ("padim", "pretrained"), ("mkd", "pretrained"))
 def test_pretrained_reads_the_weights_of_a_cnn(method, name, cnn_weights):
     _, other = changed(method, name, True, weights=cnn_weights)
     assert other.weights["source"] == "file cnn.safetensors" and make(method, cnn_weights).weights["source"] == "random"
@@ -217,6 +220,7 @@ def test_an_autoencoder_has_another_layer_for_twice_the_size(method, name, value
     ("l2cae", "sigma", 2.0),
     ("aessim", "sigma", 2.0),
     ("vae", "sigma", 2.0),
+    ("mkd", "sigma", 4.0),
     ("patchknn", "sigma", 8.0),
     ("padim", "sigma", 2.0),
     ("dinomaly", "sigma", 8.0),
@@ -234,6 +238,9 @@ def test_a_larger_sigma_makes_the_map_smoother(method, name, sigma, gears):
     ("ssltok", "hidden_parts", 4, {}),
     ("ssltok", "remember", False, {}),
     ("patchknn", "blocks", (1,), {}),
+    ("mkd", "map", "guided", {}),
+    ("mkd", "strides", (2, 4), {}),
+    ("mkd", "backbone", "test_efficientnet", {}),
     ("padim", "strides", (8, 16), {}),
     ("padim", "ridge", 1.0, {}),
     ("padim", "shared", True, {}),
@@ -693,6 +700,24 @@ def test_an_autoencoder_has_a_latent_vector_of_the_given_length(method, name, va
 def test_beta_weighs_the_divergence_of_the_vae(gears):
     usual, other = (losses(model, gears) for model in changed("vae", "beta", 0.3))
     assert other == pytest.approx({"mse": usual["mse"], "kl": 3 * usual["kl"]})
+
+
+@covers("mkd", "lambda_mse")
+def test_lambda_weighs_the_squared_error_of_mkd(gears):
+    usual, other = (losses(model, gears) for model in changed("mkd", "lambda_mse", 1.5))
+    assert other == pytest.approx({"cosine": usual["cosine"], "mse": 3 * usual["mse"]})
+
+
+@covers("mkd", "width")
+def test_the_cloner_of_mkd_has_the_given_width():
+    usual, other = changed("mkd", "width", 4)
+    assert [model.cloner.stages[0][0].out_channels for model in (usual, other)] == [8, 4]
+
+
+@each("method, value, side", ("mkd", "image_size", 128))
+def test_maps_have_the_image_size(method, value, side):
+    usual, other = changed(method, value, side)
+    assert [model.source(torch.rand(1, 3, s, s))[0].shape[-1] for model, s in ((usual, 64), (other, side))] == [32, 64]
 
 
 @covers("patchknn", "bank_size")

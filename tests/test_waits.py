@@ -67,6 +67,7 @@ class Stop(Exception):
         ("draem", 0, {"batch_size": 3}),
         ("aessim", 0, {"batch_size": 3}),
         ("vae", 0, {"batch_size": 3}),
+        ("mkd", 0, {"batch_size": 3}),
     ],
 )
 def test_no_step_waits_for_the_device(method, number, overrides, gears, monkeypatch):

@@ -209,9 +209,8 @@ class Pyramid(nn.Module):
         """Stays in eval mode."""
         return super().train(False)
 
-    @torch.no_grad()
     def forward(self, images: Tensor) -> list[Tensor]:
-        """Images (B,3,H,W) in [0,1] -> maps (B,C,H/stride,W/stride)."""
+        """Images (B,3,H,W) in [0,1] -> maps (B,C,H/stride,W/stride). Only images that ask for a gradient get one."""
         x = (images - self.mean) / self.std
         return self.network.forward_intermediates(x, self.indices, intermediates_only=True, stop_early=True)
 

@@ -39,9 +39,10 @@ FAITHFUL = {
     "l2cae": (),
     "aessim": (),
     "vae": (),
+    "mkd": (),
 }
 IN_THE_MANNER_OF = {"ssltok"}  # too little is public for a reproduction
-OTHER_NETWORKS = {"padim"}  # methods whose backbone is no ViT
+OTHER_NETWORKS = {"padim", "mkd"}  # methods whose backbone is no ViT
 EACH, ALL = "each", "all"  # as a category: one model for each, one of all
 Column = tuple[str, Mapping[str, Any]]  # method and overrides
 
@@ -78,7 +79,8 @@ _DRAEM: dict[str, Column] = {"DRAEM": ("draem", {})}
 _PADIM: dict[str, Column] = {"PaDim": ("padim", {})}
 _SSLTOK: dict[str, Column] = {"Ours": ("ssltok", {})}
 _CONVOLUTIONS: dict[str, Column] = {"AnoViT": ("anovit", {}), "L2-CAE": ("l2cae", {})}
-_RIVALS: dict[str, Column] = {"AE_SSIM": ("aessim", {}), "VAE": ("vae", {})}
+_MKD: dict[str, Column] = {"MKD": ("mkd", {})}
+_RIVALS: dict[str, Column] = {"AE_SSIM": ("aessim", {}), "VAE": ("vae", {})} | _MKD
 _ABLATION: dict[str, Column] = {
     "Base": ("vitmem", vitmem.VARIANTS["base"]),
     "Base + M": ("vitmem", vitmem.VARIANTS["base_m"]),
@@ -102,7 +104,7 @@ TABLES = {
         "Table 1",
         _JOINT,
         _BOTH,
-        _MALA | _PADIM | _DRAEM,
+        _MALA | _PADIM | _DRAEM | _MKD,
         tested="mvtec",
         category=ALL,
         dtd=True,
