@@ -76,6 +76,22 @@ def test_a_file_that_differs_from_torch_is_not_written(finished, tmp_path, monke
     assert not list(tmp_path.iterdir())
 
 
+def test_what_has_no_form_in_onnx_is_said(finished, tmp_path, monkeypatch):
+    """A map that is a gradient, for instance."""
+    run, _ = finished("l2cae")
+
+    def gradient(self, images):
+        with torch.enable_grad():
+            x = images.detach().requires_grad_(True)
+            (slope,) = torch.autograd.grad(self.reconstruct(x).square().sum(), x)
+        return slope.abs().sum(1)
+
+    monkeypatch.setattr("vitad.methods.rivals.l2cae.Model.anomaly_map", gradient)
+    with pytest.raises(export.UserError, match="l2cae with these settings has no form in ONNX: "):
+        to_onnx(run, tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_is_missing_is_named(finished, tmp_path, monkeypatch, capsys):
     run, _ = finished("l2cae")
     monkeypatch.setitem(sys.modules, "onnxscript", None)

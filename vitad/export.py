@@ -95,7 +95,8 @@ def to_onnx(run: str | Path, out: str | Path, false_alarms: float = 0.05, good: 
     Raises
     ------
     UserError
-        No finished run, packages of the extra `export` are missing, or the file computes something else.
+        No finished run, packages of the extra `export` are missing, the method has no form in ONNX (its map is a
+        gradient, for instance), or the file computes something else.
     """
     try:
         import onnxruntime
@@ -121,19 +122,23 @@ def to_onnx(run: str | Path, out: str | Path, false_alarms: float = 0.05, good: 
     images = [_picture(*size) for size in ((2, 90, 120), (1, 300, 77))]
     expected = [whole(image) for image in images]  # before: what is made once and kept is then made of real tensors
     dynamic = {0: torch.export.Dim("images"), 1: torch.export.Dim("height"), 2: torch.export.Dim("width")}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of torch about itself
-        program = torch.onnx.export(
-            whole,
-            (images[0],),
-            input_names=["image"],
-            output_names=["score", "map"],
-            dynamic_shapes=(dynamic,),
-            opset_version=OPSET,
-            dynamo=True,
-            optimize=False,  # the optimiser takes small constants for zero, such as the 1e-12 of a division
-            verbose=False,
-        )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch about itself
+            program = torch.onnx.export(
+                whole,
+                (images[0],),
+                input_names=["image"],
+                output_names=["score", "map"],
+                dynamic_shapes=(dynamic,),
+                opset_version=OPSET,
+                dynamo=True,
+                optimize=False,  # the optimiser takes small constants for zero, such as the 1e-12 of a division
+                verbose=False,
+            )
+    except torch.onnx.OnnxExporterError as e:
+        why = str(e.__cause__ or e).splitlines()[0]
+        raise UserError(f"{record['method']} with these settings has no form in ONNX: {why}") from e
     assert program is not None, "that of dynamo"
     program.model.metadata_props.update({name: str(value) for name, value in about.items() if value is not None})
     out = Path(out).expanduser()
