@@ -66,6 +66,7 @@ class Stop(Exception):
         ("aessim", 0, {"batch_size": 3}),
         ("vae", 0, {"batch_size": 3}),
         ("mkd", 0, {"batch_size": 3}),
+        ("dfr", 0, {"batch_size": 3}),
         ("dinomaly", 0, {"batch_size": 3}),
     ],
 )
