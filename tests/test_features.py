@@ -1,4 +1,4 @@
-"""MKD: what a small network imitates of a pretrained one, and where the two disagree."""
+"""Rivals that look at the features of a pretrained network: MKD imitates them, DFR rebuilds them."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from helpers import CPU, make, state
 from torch import nn
 
 from vitad.errors import UserError
-from vitad.methods.rivals import mkd
+from vitad.methods.rivals import dfr, mkd
 from vitad.training import train
 
 # --- MKD --------------------------------------------------------------------------------------------------
@@ -88,3 +88,53 @@ def test_the_disagreement_falls_on_normal_images_most(gears):
 def test_mkd_refuses_bad_settings(overrides, mend):
     with pytest.raises(UserError, match=mend):
         make(mkd, **overrides)
+
+
+# --- DFR --------------------------------------------------------------------------------------------------
+
+
+def test_the_principal_components_are_counted():
+    torch.manual_seed(0)
+    x = torch.randn(2000, 5) @ torch.randn(5, 30)  # of rank 5
+    assert dfr.components(x, 1.0) == 5 and 1 <= dfr.components(x, 0.5) < 5
+    axes = torch.randn(5000, 4) * torch.tensor([3.0, 1.0, 1.0, 0.1])  # 82 %, 9 %, 9 %, 0 %
+    assert [dfr.components(axes, share) for share in (0.5, 0.85, 0.95)] == [1, 2, 3]
+
+
+def test_dfr_finds_what_a_bottleneck_cannot_hold():
+    """Trained on features of rank 3, it rebuilds new ones, but not those whose channels are shuffled."""
+    torch.manual_seed(0)
+    basis, model = torch.randn(3, 80), make(dfr)
+    model.build(3)
+    optimizer = torch.optim.Adam(model.autoencoder.parameters(), 3e-3)
+
+    def features(n):
+        return (torch.randn(n, 8, 8, 3) @ basis).permute(0, 3, 1, 2)
+
+    for _ in range(150):
+        optimizer.zero_grad()
+        x = features(4)
+        (model.autoencoder(x) - x).square().mean().backward()
+        optimizer.step()
+    model.eval()
+    new = features(4)
+    shuffled = new[:, torch.randperm(80)]
+    with torch.no_grad():
+        error = [(model.autoencoder(x) - x).square().mean() for x in (new, shuffled)]
+    assert error[1] > 5 * error[0]
+
+
+def test_dfr_state_carries_its_bottleneck(gears):
+    model, other = make(dfr, variance=0.99), make(dfr, variance=0.99)
+    model.prepare(gears.train, CPU)
+    other.load_state_dict(model.state_dict())
+    images = gears.test.batch([0])["image"]
+    with torch.no_grad():
+        assert torch.equal(other.eval().anomaly_map(images), model.eval().anomaly_map(images))
+    assert model.observe(gears.train, CPU) == {"latent": other.latent} != {"latent": make(dfr).latent}
+
+
+@pytest.mark.parametrize(("overrides", "mend"), [({"grid": 7}, "grid=7"), ({"variance": 0.0}, "variance=0.0")])
+def test_dfr_refuses_bad_settings(overrides, mend):
+    with pytest.raises(UserError, match=mend):
+        make(dfr, **overrides)

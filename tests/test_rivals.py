@@ -215,7 +215,7 @@ def test_sspcab_sees_four_places_and_not_its_own():
 def test_draem_learns_to_repair_damage_and_to_mark_it(gears):
     """On damage that it has not seen, of images that it has."""
     torch.manual_seed(0)
-    model = make(draem, epochs=40, batch_size=4)
+    model = make(draem, epochs=40, batch_size=4, lr=2e-3)
     model.prepare(gears.train, CPU)
     history = train(model, gears.train, 0, CPU, amp=False)
     assert history[-1]["focal"] < 0.5 * history[0]["focal"]

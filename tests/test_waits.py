@@ -68,6 +68,7 @@ class Stop(Exception):
         ("aessim", 0, {"batch_size": 3}),
         ("vae", 0, {"batch_size": 3}),
         ("mkd", 0, {"batch_size": 3}),
+        ("dfr", 0, {"batch_size": 3}),
     ],
 )
 def test_no_step_waits_for_the_device(method, number, overrides, gears, monkeypatch):
