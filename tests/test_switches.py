@@ -107,6 +107,9 @@ def score_of_a_point(model):
     ("dfr", "epochs", 3),
     ("dfr", "batch_size", 3),
     ("dfr", "lr", 0.5),
+    ("cflow", "epochs", 3),
+    ("cflow", "batch_size", 3),
+    ("cflow", "lr", 0.5),
     ("dinomaly", "batch_size", 3),
     ("dinomaly", "lr", 0.5),
     ("dinomaly", "weight_decay", 0.5),
@@ -181,7 +184,7 @@ def test_pretrained_reads_the_weights(method, name, weights):
     assert make(method, weights).weights["source"] == "random"
 
 
-@each("method, name", ("padim", "pretrained"), ("mkd", "pretrained"), ("dfr", "pretrained"))
+@each("method, name", ("padim", "pretrained"), ("mkd", "pretrained"), ("dfr", "pretrained"), ("cflow", "pretrained"))
 def test_pretrained_reads_the_weights_of_a_cnn(method, name, cnn_weights):
     _, other = changed(method, name, True, weights=cnn_weights)
     assert other.weights["source"] == "file cnn.safetensors" and make(method, cnn_weights).weights["source"] == "random"
@@ -219,6 +222,7 @@ def test_an_autoencoder_has_another_layer_for_twice_the_size(method, name, value
     ("vae", "sigma", 2.0),
     ("mkd", "sigma", 4.0),
     ("dfr", "sigma", 4.0),
+    ("cflow", "sigma", 8.0),
     ("patchknn", "sigma", 8.0),
     ("padim", "sigma", 2.0),
     ("dinomaly", "sigma", 8.0),
@@ -243,6 +247,8 @@ def test_a_larger_sigma_makes_the_map_smoother(method, name, sigma, gears):
     ("dfr", "strides", (8,), {}),
     ("dfr", "backbone", "test_efficientnet", {}),
     ("dfr", "grid", 16, {}),
+    ("cflow", "strides", (8,), {}),
+    ("cflow", "backbone", "test_efficientnet", {}),
     ("vae", "steps", 5, {"map": "grad"}),
     ("vae", "step_size", 0.1, {"map": "grad"}),
     ("vae", "sparsity", 5.0, {"map": "grad"}),
@@ -732,6 +738,32 @@ def test_the_bottleneck_of_dfr_holds_the_given_share_of_variance(gears):
 @covers("dfr", "image_size")
 def test_dfr_has_more_places_in_a_larger_image():
     assert [model.side for model in changed("dfr", "image_size", 128)] == [8, 16]
+
+
+@covers("cflow", "couplings")
+def test_the_flows_of_cflow_have_the_given_couplings():
+    assert [len(model.flows[0].blocks) for model in changed("cflow", "couplings", 3)] == [2, 3]
+
+
+@covers("cflow", "condition")
+def test_a_place_of_cflow_has_the_given_number_of_numbers():
+    inputs = [model.flows[0].blocks[0].subnet[0].in_features for model in changed("cflow", "condition", 16)]
+    assert inputs == [24 + 8, 24 + 16]
+
+
+@covers("cflow", "warm_up")
+def test_cflow_warms_up_over_the_given_share_of_its_steps():
+    usual, other = changed("cflow", "warm_up", 0.5)
+    assert other.phases()[0].schedule(0.25) == 0.5 != usual.phases()[0].schedule(0.25)
+
+
+@covers("cflow", "image_size")
+def test_cflow_has_more_places_in_a_larger_image():
+    usual, other = changed("cflow", "image_size", 128)
+    assert [m.surprise(torch.rand(1, 3, s, s))[0].shape for m, s in ((usual, 64), (other, 128))] == [
+        (1, 8, 8),
+        (1, 16, 16),
+    ]
 
 
 @covers("patchknn", "bank_size")

@@ -67,6 +67,7 @@ class Stop(Exception):
         ("vae", 0, {"batch_size": 3}),
         ("mkd", 0, {"batch_size": 3}),
         ("dfr", 0, {"batch_size": 3}),
+        ("cflow", 0, {"batch_size": 3}),
         ("dinomaly", 0, {"batch_size": 3}),
     ],
 )
