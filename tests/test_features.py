@@ -1,4 +1,4 @@
-"""Rivals that look at the features of a pretrained network: MKD imitates them, DFR rebuilds them."""
+"""Rivals that look at the features of a pretrained network: MKD imitates, DFR rebuilds, CFLOW weighs them."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from helpers import CPU, make, state
 from torch import nn
 
 from vitad.errors import UserError
-from vitad.methods.rivals import dfr, mkd
+from vitad.methods.rivals import cflow, dfr, mkd
 from vitad.training import train
 
 # --- MKD --------------------------------------------------------------------------------------------------
@@ -138,3 +138,65 @@ def test_dfr_state_carries_its_bottleneck(gears):
 def test_dfr_refuses_bad_settings(overrides, mend):
     with pytest.raises(UserError, match=mend):
         make(dfr, **overrides)
+
+
+# --- CFLOW-AD ---------------------------------------------------------------------------------------------
+
+
+def flow(channels=5, condition=8, couplings=3):
+    """A flow whose parameters are not those of the start."""
+    torch.manual_seed(0)
+    made = cflow.Flow(channels, condition, couplings)
+    for p in made.parameters():
+        p.data += 0.3 * torch.randn_like(p)
+    return made.double()
+
+
+def test_a_flow_can_be_inverted():
+    x, where = torch.randn(20, 5).double(), torch.randn(20, 8).double()
+    with torch.no_grad():
+        torch.testing.assert_close(flow().inverse(flow()(x, where)[0], where), x, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("channels", [5, 6])
+def test_the_likelihood_is_the_change_of_variables(channels):
+    """log N(z; 0, 1) + log |det dz/dx|, the determinant by autograd."""
+    made, x, where = flow(channels), torch.randn(4, channels).double(), torch.randn(4, 8).double()
+    found = made.log_likelihood(x, where)
+    for i in range(4):
+        z = made(x[i : i + 1], where[i : i + 1])[0][0]
+        J = torch.autograd.functional.jacobian(lambda v, i=i: made(v[None], where[i : i + 1])[0][0], x[i])
+        expected = torch.distributions.Normal(0.0, 1.0).log_prob(z).sum() + J.det().abs().log()
+        torch.testing.assert_close(found[i], expected)
+
+
+def test_a_trained_flow_knows_density_and_place():
+    """Features N(mean of their place, .5): the likelihood nears the true one, and falls where places are swapped."""
+    torch.manual_seed(0)
+    made, where = cflow.Flow(4, 8, 4), cflow.places(1, 2, 8, CPU)
+    means = torch.tensor([[2.0, 0, 0, 1], [-2.0, 1, 0, 0]])
+    optimizer = torch.optim.Adam(made.parameters(), 1e-2)
+    for _ in range(250):
+        x = (means + 0.5 * torch.randn(64, 2, 4)).flatten(0, 1)
+        optimizer.zero_grad()
+        (-made.log_likelihood(x, where.repeat(64, 1)).mean()).backward()
+        optimizer.step()
+    x = means + 0.5 * torch.randn(500, 2, 4)
+    true = torch.distributions.Normal(means, 0.5).log_prob(x).sum(2).mean().item()
+    with torch.no_grad():
+        right, swapped = (
+            made.log_likelihood(x.flatten(0, 1), w.repeat(500, 1)).mean().item() for w in (where, where.flip(0))
+        )
+    assert abs(right - true) < 0.4 and swapped < right - 2
+
+
+def test_places_have_codes_of_their_own():
+    codes = cflow.places(3, 4, 16, CPU)
+    assert codes.shape == (12, 16) and len(codes.unique(dim=0)) == 12
+    assert torch.equal(codes[0, :8], codes[1, :8]) and torch.equal(codes[0, 8:], codes[4, 8:])
+
+
+@pytest.mark.parametrize(("overrides", "mend"), [({"couplings": 0}, "couplings=0"), ({"condition": 6}, "condition=6")])
+def test_cflow_refuses_bad_settings(overrides, mend):
+    with pytest.raises(UserError, match=mend):
+        make(cflow, **overrides)

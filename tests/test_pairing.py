@@ -27,12 +27,13 @@ BASE = {
     "vae": {"batch_size": 5},
     "mkd": {"batch_size": 5},
     "dfr": {"batch_size": 5},
+    "cflow": {"batch_size": 5},
     "patchknn": {"bank_size": 50},
     "padim": {},
     "dinomaly": {"batch_size": 5},
     "draem": {"batch_size": 5},
 }
-CNNS = ("padim", "mkd", "dfr")  # whose backbone is no ViT
+CNNS = ("padim", "mkd", "dfr", "cflow")  # whose backbone is no ViT
 
 # Parts and draws that a switch adds, takes away or makes anew. A switch that is not named here does so with none.
 CHANGES = {
@@ -69,6 +70,7 @@ CHANGES = {
     "ssltok no_synth": {"segmentation", "train damage"},
     "mkd pretrained=True": {"source"},
     "dfr pretrained=True": {"backbone"},
+    "cflow pretrained=True": {"backbone"},
     "patchknn pretrained=True": {"backbone", "bank"},
     "padim pretrained=True": {"backbone"},
     "dinomaly pretrained=True": {"backbone"},
@@ -210,6 +212,7 @@ def test_all_draws_of_a_training_are_watched(traced):
         "vae": {"train order": 6},
         "mkd": {"train order": 6},
         "dfr": {"train order": 6},
+        "cflow": {"train order": 6},
         "patchknn": {},
         "padim": {},
         "dinomaly": {"train order": 3, "train dropout": 3},

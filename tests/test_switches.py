@@ -114,6 +114,9 @@ def score_of_a_point(model):
     ("dfr", "epochs", 3),
     ("dfr", "batch_size", 3),
     ("dfr", "lr", 0.5),
+    ("cflow", "epochs", 3),
+    ("cflow", "batch_size", 3),
+    ("cflow", "lr", 0.5),
 )
 def test_settings_of_training_reach_the_last_phase(method, name, value):
     usual, other = changed(method, name, value)
@@ -187,7 +190,7 @@ def test_pretrained_reads_the_weights(method, name, weights):
     assert make(method, weights).weights["source"] == "random"
 
 
-@each("method, name", ("padim", "pretrained"), ("mkd", "pretrained"), ("dfr", "pretrained"))
+@each("method, name", ("padim", "pretrained"), ("mkd", "pretrained"), ("dfr", "pretrained"), ("cflow", "pretrained"))
 def test_pretrained_reads_the_weights_of_a_cnn(method, name, cnn_weights):
     _, other = changed(method, name, True, weights=cnn_weights)
     assert other.weights["source"] == "file cnn.safetensors" and make(method, cnn_weights).weights["source"] == "random"
@@ -225,6 +228,7 @@ def test_an_autoencoder_has_another_layer_for_twice_the_size(method, name, value
     ("vae", "sigma", 2.0),
     ("mkd", "sigma", 4.0),
     ("dfr", "sigma", 4.0),
+    ("cflow", "sigma", 8.0),
     ("patchknn", "sigma", 8.0),
     ("padim", "sigma", 2.0),
     ("dinomaly", "sigma", 8.0),
@@ -248,6 +252,8 @@ def test_a_larger_sigma_makes_the_map_smoother(method, name, sigma, gears):
     ("dfr", "strides", (8,), {}),
     ("dfr", "backbone", "test_efficientnet", {}),
     ("dfr", "grid", 16, {}),
+    ("cflow", "strides", (8,), {}),
+    ("cflow", "backbone", "test_efficientnet", {}),
     ("padim", "strides", (8, 16), {}),
     ("padim", "ridge", 1.0, {}),
     ("padim", "shared", True, {}),
@@ -740,6 +746,32 @@ def test_dfr_has_more_places_in_a_larger_image():
     assert [model.side for model in changed("dfr", "image_size", 128)] == [8, 16]
 
 
+@covers("cflow", "couplings")
+def test_the_flows_of_cflow_have_the_given_couplings():
+    assert [len(model.flows[0].blocks) for model in changed("cflow", "couplings", 3)] == [2, 3]
+
+
+@covers("cflow", "condition")
+def test_a_place_of_cflow_has_the_given_number_of_numbers():
+    inputs = [model.flows[0].blocks[0].subnet[0].in_features for model in changed("cflow", "condition", 16)]
+    assert inputs == [24 + 8, 24 + 16]
+
+
+@covers("cflow", "warm_up")
+def test_cflow_warms_up_over_the_given_share_of_its_steps():
+    usual, other = changed("cflow", "warm_up", 0.5)
+    assert other.phases()[0].schedule(0.25) == 0.5 != usual.phases()[0].schedule(0.25)
+
+
+@covers("cflow", "image_size")
+def test_cflow_has_more_places_in_a_larger_image():
+    usual, other = changed("cflow", "image_size", 128)
+    assert [m.surprise(torch.rand(1, 3, s, s))[0].shape for m, s in ((usual, 64), (other, 128))] == [
+        (1, 8, 8),
+        (1, 16, 16),
+    ]
+
+
 @covers("patchknn", "bank_size")
 def test_patchknn_keeps_the_given_number_of_patches(gears):
     usual, other = changed("patchknn", "bank_size", 20)
@@ -917,7 +949,7 @@ def test_draem_takes_larger_images(method, name, value, sides):
 @covers("draem", "width")
 @covers("draem", "seg_width")
 def test_the_networks_of_draem_have_the_given_widths():
-    usual, other = make("draem"), make("draem", width=16, seg_width=8)
+    usual, other = make("draem"), make("draem", width=16, seg_width=16)
     assert [m.reconstruction.head.in_channels for m in (usual, other)] == [8, 16]
     assert [m.segmentation.head.in_channels for m in (usual, other)] == [8, 16]
 

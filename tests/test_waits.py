@@ -69,6 +69,7 @@ class Stop(Exception):
         ("vae", 0, {"batch_size": 3}),
         ("mkd", 0, {"batch_size": 3}),
         ("dfr", 0, {"batch_size": 3}),
+        ("cflow", 0, {"batch_size": 3}),
     ],
 )
 def test_no_step_waits_for_the_device(method, number, overrides, gears, monkeypatch):

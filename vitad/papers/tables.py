@@ -41,9 +41,10 @@ FAITHFUL = {
     "vae": (),
     "mkd": (),
     "dfr": (),
+    "cflow": (),
 }
 IN_THE_MANNER_OF = {"ssltok"}  # too little is public for a reproduction
-OTHER_NETWORKS = {"padim", "mkd", "dfr"}  # methods whose backbone is no ViT
+OTHER_NETWORKS = {"padim", "mkd", "dfr", "cflow"}  # methods whose backbone is no ViT
 EACH, ALL = "each", "all"  # as a category: one model for each, one of all
 Column = tuple[str, Mapping[str, Any]]  # method and overrides
 
