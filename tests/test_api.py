@@ -72,6 +72,8 @@ def test_everything_public_has_a_docstring(module):
     assert importlib.import_module(module).__doc__
     missing = [name for name, value in public_objects(module) if not documentation(name, value)]
     assert not missing, f"without a docstring: {missing}"
+    bars = [name for name, value in public_objects(module) if re.search(r"\|\w[^|`\n]*\|", documentation(name, value))]
+    assert not bars, f"Sphinx takes |x| for a substitution: {bars}"
 
 
 def sentences_as_types(docstring):

@@ -150,7 +150,7 @@ class Flow(nn.Module):
         self.blocks = nn.ModuleList(Coupling(channels, condition) for _ in range(couplings))
 
     def forward(self, x: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
-        """x (n,C) -> z (n,C) and log |det dz/dx| (n,)."""
+        """x (n,C) -> z (n,C) and log abs(det dz/dx) (n,)."""
         log_det = torch.zeros_like(x[:, 0])
         for block in self.blocks:
             x, more = block(x, condition)
@@ -164,7 +164,7 @@ class Flow(nn.Module):
         return z
 
     def log_likelihood(self, x: Tensor, condition: Tensor) -> Tensor:
-        """log p (n,) by change of variables: log N(z; 0, 1) + log |det dz/dx|."""
+        """log p (n,) by change of variables: log N(z; 0, 1) + log abs(det dz/dx)."""
         z, log_det = self(x, condition)
         return -0.5 * z.square().sum(1) - 0.5 * z.shape[1] * math.log(2 * math.pi) + log_det
 
@@ -193,7 +193,7 @@ class Coupling(nn.Module):
         return self.clamp * a.tanh(), b
 
     def forward(self, x: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
-        """x (n,C) -> y (n,C) and log |det dy/dx| (n,)."""
+        """x (n,C) -> y (n,C) and log abs(det dy/dx) (n,)."""
         first, second = x[:, : self.kept], x[:, self.kept :]
         log_scale, shift = self._affine(first, condition)
         y = torch.cat([first, second * log_scale.exp() + shift], 1)

@@ -125,7 +125,7 @@ class Model(Method):
         return maps[:, 0].clamp_min(0)
 
     def by_gradient(self, images: Tensor) -> Tensor:
-        """|d score / d image|, summed over channels, scaled so that its mean is the score: the paper's image score.
+        """abs(d score / d image), summed over channels, scaled so that its mean is the score: the paper's image score.
 
         Guided, no ReLU lets a negative gradient back. The code scales each image's map to 0-1 in place of this.
         """
