@@ -65,6 +65,7 @@ class Stop(Exception):
         ("l2cae", 0, {"batch_size": 3}),
         ("dinomaly", 0, {"batch_size": 3}),
         ("draem", 0, {"batch_size": 3}),
+        ("uniad", 0, {"batch_size": 3}),
     ],
 )
 def test_no_step_waits_for_the_device(method, number, overrides, gears, monkeypatch):

@@ -33,7 +33,7 @@ USUAL_PRESETS = {  # of the book's own records, by data set, or by method and da
 # another output range than the published code. Of L2-CAE the layers are unknown, and much of its schedule is ours.
 FAITHFUL = {"vitmem": ("paper", "sec34"), "mala": ("paper",), "anovit": ("legacy",), "l2cae": ()}
 IN_THE_MANNER_OF = {"ssltok"}  # too little is public for a reproduction
-OTHER_NETWORKS = {"padim"}  # methods whose backbone is no ViT
+OTHER_NETWORKS = {"padim", "uniad"}  # methods whose backbone is no ViT
 EACH, ALL = "each", "all"  # as a category: one model for each, one of all
 Column = tuple[str, Mapping[str, Any]]  # method and overrides
 
@@ -67,7 +67,7 @@ class Table:
 _VITMEM: dict[str, Column] = {"Ours": ("vitmem", {})}
 _MALA: dict[str, Column] = {"Ours": ("mala", {})}
 _DRAEM: dict[str, Column] = {"DRAEM": ("draem", {})}
-_PADIM: dict[str, Column] = {"PaDim": ("padim", {})}
+_FEATURES: dict[str, Column] = {"PaDim": ("padim", {}), "UniAD": ("uniad", {})}
 _SSLTOK: dict[str, Column] = {"Ours": ("ssltok", {})}
 _CONVOLUTIONS: dict[str, Column] = {"AnoViT": ("anovit", {}), "L2-CAE": ("l2cae", {})}
 _ABLATION: dict[str, Column] = {
@@ -93,7 +93,7 @@ TABLES = {
         "Table 1",
         _JOINT,
         _BOTH,
-        _MALA | _PADIM | _DRAEM,
+        _MALA | _FEATURES | _DRAEM,
         tested="mvtec",
         category=ALL,
         dtd=True,
@@ -104,7 +104,7 @@ TABLES = {
         "Table 3",
         _JOINT,
         _BOTH,
-        _MALA | _PADIM,
+        _MALA | _FEATURES,
         tested="visa",
         category=ALL,
         dtd=True,

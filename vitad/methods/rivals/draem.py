@@ -69,8 +69,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "smoke": {  # with fewer steps the batch norms know too little, and the map is all but constant
         "image_size": 64,
         "width": 8,
-        "seg_width": 4,
-        "lr": 2e-3,
+        "seg_width": 8,
+        "lr": 5e-4,
         "epochs": 6,
         "batch_size": 3,
         "window": 5,
