@@ -148,7 +148,7 @@ def test_steps_are_those_of_a_training(name, gears, monkeypatch):
         ("padim", "mvtec", "bottle", {}, []),
         ("dinomaly", "mvtec", "bottle", {"steps": 5000}, [14 * 358]),
         ("uniad", "mvtec", "bottle", {}, [27 * 2]),
-        ("draem", "mvtec", "bottle", {"epochs": 60, "max_steps": 900}, [27 * 33]),
+        ("draem", "mvtec", "bottle", {"epochs": 60, "max_steps": 900}, [70 * 12]),
     ],
 )
 def test_steps_of_known_data_sets(method, dataset, category, settings, steps):
