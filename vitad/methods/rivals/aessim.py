@@ -6,14 +6,12 @@ paper trains on crops of grey images. Here the whole frame is seen, in colour: s
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from vitad.blocks import convolutional_autoencoder, gaussian_blur, ssim_map
-from vitad.methods.base import Method
-from vitad.training import Phase
+from vitad.blocks import gaussian_blur, ssim_map
+from vitad.methods.rivals import l2cae
 
 PAPER = "Bergmann et al. 2019, AE-SSIM, VISAPP, 372-380, arXiv 1807.02011"
 CATEGORY = None
@@ -44,26 +42,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 VARIANTS: dict[str, dict[str, Any]] = {"full": {}}
 
 
-class Model(Method):
-    """Loss and score. Nothing here is pretrained, so that `weights` has no effect."""
-
-    settings: Settings
-
-    def __init__(self, settings: Settings, weights: str | Path = "auto"):
-        super().__init__()
-        self.settings = s = settings
-        self.weights = {"source": "random"}
-        self.encoder, self.decoder = convolutional_autoencoder(s.image_size, s.latent)
-        self.protocol = {
-            "normalisation": "unit",
-            "smoothing": f"Gaussian, sigma {s.sigma} px",
-            "image_score": "maximum of the map",
-            "checkpoint": "last epoch",
-        }
-
-    def reconstruct(self, images: Tensor) -> Tensor:
-        """Images (B,3,S,S) in [0,1] -> images (B,3,S,S) in [0,1]."""
-        return self.decoder(self.encoder(images))
+class Model(l2cae.Model):
+    """The network, score and training of `l2cae`, whose settings have the same names; the loss and the map are here."""
 
     def dissimilarity(self, images: Tensor) -> Tensor:
         """Images (B,3,S,S) -> 1 - SSIM of each and its reconstruction, at every pixel, (B,S,S) in 0 to 2."""
@@ -74,14 +54,5 @@ class Model(Method):
         return {"ssim": self.dissimilarity(batch["image"]).mean()}
 
     def anomaly_map(self, images: Tensor) -> Tensor:
-        """Images (B,3,S,S) -> maps (B,S,S): the dissimilarity, smoothed."""
+        """Images (B,3,S,S) -> maps (B,S,S): the dissimilarity, smoothed; the paper has no score."""
         return gaussian_blur(self.dissimilarity(images), self.settings.sigma)
-
-    def image_score(self, maps: Tensor) -> Tensor:
-        """Maps (B,S,S) -> scores (B,): the maximum; the paper has none."""
-        return maps.amax((1, 2))
-
-    def phases(self) -> list[Phase]:
-        """One phase of a fixed number of epochs."""
-        s = self.settings
-        return [Phase("train", list(self.parameters()), s.epochs, s.batch_size, s.lr, weight_decay=s.weight_decay)]

@@ -73,6 +73,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "couplings": 2,
         "condition": 8,
         "epochs": 2,
+        "lr": 1e-2,  # in so few steps a smaller one leaves a map that is all but constant
         "sigma": 1.0,
     },
 }
