@@ -142,3 +142,13 @@ def test_variants_that_change_nothing_are_left_out_and_named(capsys):
     assert notebook.changing(request, variants) == {"last block": {"blocks": [6]}}
     assert capsys.readouterr().out == "left out: untrained, since preset smoke has it anyway\n"
     assert notebook.changing(Request("ssltok"), variants) == variants
+
+
+def test_the_source_that_a_page_shows_runs_and_has_no_docstrings():
+    from vitad.methods import vitmem
+
+    shown = notebook.source(vitmem.Memory.forward, vitmem.shrunk, vitmem.Memory).data
+    assert '"""' not in shown and "class Memory" in shown and shown.startswith("def forward")
+    compile(shown, "shown", "exec")
+    lines = Path(vitmem.__file__).read_text()
+    assert all(line in lines for line in shown.splitlines())

@@ -1,14 +1,18 @@
-"""The first call of every notebook."""
+"""What notebooks call: the check of their parameters, the library's own code, the seeds of an ablation."""
 
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator, Mapping
+import inspect
+import textwrap
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from vitad.errors import UserError, unknown
 
 if TYPE_CHECKING:
+    from IPython.display import Code
+
     from vitad.runs import Request
 
 PARAMETERS = (
@@ -79,6 +83,26 @@ def begin(namespace: dict[str, Any], method: str | None = None) -> Request | Non
         return runs.Request(method, **{name: value for name, value in values.items() if name != "out_dir"})
     except UserError as error:
         raise ParameterError(str(error)) from None
+
+
+def source(*parts: type | Callable) -> Code:
+    """The library's own code of classes and functions, without their docstrings: what a page shows is what runs."""
+    from IPython.display import Code
+
+    return Code("\n\n".join(map(_bare, parts)), language="python")
+
+
+def _bare(part: type | Callable) -> str:
+    """The source of a class or function, with neither docstrings nor indentation."""
+    lines = textwrap.dedent(inspect.getsource(part)).splitlines()
+    left_out = set()
+    for node in ast.walk(ast.parse("\n".join(lines))):
+        if isinstance(node, ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node):
+            after = node.body[0].end_lineno or 0
+            left_out |= set(range(node.body[0].lineno - 1, after))
+            if after < len(lines) and not lines[after]:
+                left_out.add(after)
+    return "\n".join(line for k, line in enumerate(lines) if k not in left_out)
 
 
 def ablation_seeds(first: int, preset: str | None) -> range:
