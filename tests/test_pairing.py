@@ -11,7 +11,7 @@ from torch import nn
 
 from vitad import data, methods, training
 from vitad.methods import METHODS, anovit, mala, ssltok, vitmem
-from vitad.methods.rivals import dinomaly, draem
+from vitad.methods.rivals import dinomaly, draem, uniad
 from vitad.randomness import generator, next_seed, seed_of, seeded
 from vitad.settings import resolve
 from vitad.training import Phase, train
@@ -32,8 +32,9 @@ BASE = {
     "padim": {},
     "dinomaly": {"batch_size": 5},
     "draem": {"batch_size": 5},
+    "uniad": {"batch_size": 5},
 }
-CNNS = ("padim", "mkd", "dfr", "cflow")  # whose backbone is no ViT
+CNNS = ("padim", "mkd", "dfr", "cflow", "uniad")  # whose backbone is no ViT
 
 # Parts and draws that a switch adds, takes away or makes anew. A switch that is not named here does so with none.
 CHANGES = {
@@ -75,6 +76,8 @@ CHANGES = {
     "padim pretrained=True": {"backbone"},
     "dinomaly pretrained=True": {"backbone"},
     "dinomaly no_dropout": {"train dropout"},
+    "uniad pretrained=True": {"backbone"},
+    "uniad no_jitter": {"train jitter"},
     "draem sspcab": {"sspcab"},
     "draem sspcab=True": {"sspcab"},
     "patchknn sampling=coreset": {"bank"},
@@ -164,6 +167,8 @@ def watched(model):
         if R := model.reconstruction:
             R.register_forward_pre_hook(lambda _, arguments: note("masked", arguments[1]))
             R.dropout.register_forward_hook(lambda _, __, tokens: note("dropout", tokens == 0))
+    if isinstance(model, uniad.Model):
+        model.noise = noting(model.noise, "jitter", lambda noise: noise)
     if isinstance(model, dinomaly.Model):
         model.bottleneck[0].register_forward_hook(lambda _, __, tokens: note("dropout", tokens == 0))
     return drawn
@@ -217,6 +222,7 @@ def test_all_draws_of_a_training_are_watched(traced):
         "padim": {},
         "dinomaly": {"train order": 3, "train dropout": 3},
         "draem": {"train order": 18, "train damage": 18},
+        "uniad": {"train order": 6, "train jitter": 6},
     }
     for name in ("mala", "ssltok"):
         for purpose, draws in traced(name).items():

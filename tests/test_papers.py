@@ -133,10 +133,11 @@ def test_the_data_and_presets_of_tables():
     assert [r.name for r in requests("mala2023-1", seeds=1)] == [
         "mala-mvtec+visa-all-paper-s0",
         "padim-mvtec+visa-all-paper-s0",
+        "uniad-mvtec+visa-all-paper-s0",
         "draem-mvtec+visa-all-paper-s0",
         "mkd-mvtec+visa-all-paper-s0",
     ]
-    assert requests("mala2023-1")[:6] == requests("mala2023-3")
+    assert requests("mala2023-1")[:9] == requests("mala2023-3")
     assert {(r.split, r.preset) for r in requests("mala2023-mt")} == {("mala100", "small_dinov2")}
     assert {(r.split, r.preset) for r in requests("yang2024-6", "mt")} == {("grouped", "small")}
     assert {(r.category, r.preset) for r in requests("yang2024-6", "toy")} == {("gear", "demo")}
@@ -309,7 +310,7 @@ def test_weights_that_start_at_random_are_not_the_papers(source, why):
 def test_settings_and_weights_of_a_table_go_to_the_methods_that_have_them():
     asked = requests("mala2023-3", weights="mae.pth", overrides={"textures": "/data/dtd", "amp": False}, seeds=1)
     given = {r.method: (r.weights, r.overrides.keys()) for r in asked}
-    assert given == {"mala": ("mae.pth", {"textures", "amp"}), "padim": ("auto", {"amp"})}
+    assert given == {"mala": ("mae.pth", {"textures", "amp"}), **dict.fromkeys(("padim", "uniad"), ("auto", {"amp"}))}
     with pytest.raises(UserError, match="unknown setting 'texture'. Did you mean 'textures'"):
         requests("mala2023-3", overrides={"texture": "/data/dtd"})
 

@@ -147,6 +147,7 @@ def test_steps_are_those_of_a_training(name, gears, monkeypatch):
         ("patchknn", "mvtec", "bottle", {}, []),
         ("padim", "mvtec", "bottle", {}, []),
         ("dinomaly", "mvtec", "bottle", {"steps": 5000}, [14 * 358]),
+        ("uniad", "mvtec", "bottle", {}, [27 * 2]),
         ("draem", "mvtec", "bottle", {"batch_size": 8, "epochs": 60, "max_steps": 900}, [27 * 33]),
     ],
 )

@@ -8,7 +8,7 @@ from scipy.ndimage import gaussian_filter
 from torch.nn import functional as F
 
 from vitad.errors import UserError
-from vitad.methods.rivals import dinomaly, draem, padim
+from vitad.methods.rivals import dinomaly, draem, padim, uniad
 from vitad.training import train
 
 # --- PaDiM ------------------------------------------------------------------------------------------------
@@ -245,3 +245,61 @@ def test_draem_learns_to_repair_damage_and_to_mark_it(gears):
 def test_draem_refuses_what_it_cannot_do(overrides, message):
     with pytest.raises(UserError, match=message):
         make(draem, **overrides)
+
+
+# --- UniAD ------------------------------------------------------------------------------------------------
+
+
+def test_uniad_has_the_parameters_of_the_published_network():
+    """With the 272 channels of EfficientNet-B4."""
+    with torch.device("meta"):
+        transformer = uniad.Transformer(272, 14, 256, 4, 8, 0.1, 7)
+    assert sum(p.numel() for p in transformer.parameters()) == 7_717_392
+
+
+def test_uniad_keeps_a_place_from_itself_and_its_neighbours(gears):
+    """What a place takes from a first attention does not depend on any place in the window around it."""
+    model = make(uniad, width=32, window=3)
+    blind = model.transformer.blind.view(8, 8, 8, 8)
+    assert blind[0, 0].nonzero().tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]]
+    assert blind[4, 5].nonzero().tolist() == [[i, j] for i in (3, 4, 5) for j in (4, 5, 6)]
+    attention = model.transformer.encoder[0].attention[0]
+    x = torch.randn(1, 64, 32, requires_grad=True)
+    query = torch.randn(1, 64, 32)
+    found, _ = attention(query, x, x, attn_mask=model.transformer.blind)
+    (gradient,) = torch.autograd.grad(found[0, 4 * 8 + 5].sum(), x)
+    assert torch.equal(gradient[0].abs().sum(1).view(8, 8) > 0, ~blind[4, 5])
+
+
+def test_the_jitter_of_uniad_has_the_stated_strength():
+    """The noise is 20 / sqrt(C) times as long as the vector that it is added to."""
+    model, f = make(uniad), torch.randn(4, 64, 272)
+    torch.manual_seed(0)
+    noise = model.jittered(f, {"image": f}) - f
+    assert (noise.norm(dim=-1) / f.norm(dim=-1)).mean() == pytest.approx(20 / 272**0.5, rel=0.05)
+
+
+def test_uniad_map_is_the_distance_of_seen_and_rebuilt(gears):
+    model, images = make(uniad, pool=3), gears.test.batch(range(2))["image"]
+    model.prepare(gears.train, CPU)
+    with torch.no_grad():
+        f, maps = model.features(images), model.anomaly_map(images)
+        distance = (f - model.transformer(f)).norm(dim=-1).view(2, 8, 8)
+    torch.testing.assert_close(maps[:, ::63, ::63], distance[:, ::7, ::7])  # at the corners
+    torch.testing.assert_close(model.image_score(maps), F.avg_pool2d(maps, 3, 1).amax((1, 2)))
+    normal = model.features(gears.train.batch(range(12))["image"]).flatten(0, 1)
+    assert normal.mean(0).abs().max() < 1e-3
+    assert normal.std(0).median() == pytest.approx(1, abs=0.01)  # a random network has channels that are dead
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        ({"width": 30}, "width=30 has to be a multiple of twice the number of heads=2"),
+        ({"window": 4}, "window=4 has to be odd"),
+        ({"window": 7, "grid": 7}, "window=7 has to be odd and below grid=7"),
+    ],
+)
+def test_uniad_refuses_what_it_cannot_do(overrides, message):
+    with pytest.raises(UserError, match=message):
+        make(uniad, **overrides)

@@ -117,6 +117,11 @@ def score_of_a_point(model):
     ("cflow", "epochs", 3),
     ("cflow", "batch_size", 3),
     ("cflow", "lr", 0.5),
+    ("uniad", "epochs", 3),
+    ("uniad", "batch_size", 3),
+    ("uniad", "lr", 0.5),
+    ("uniad", "weight_decay", 0.5),
+    ("uniad", "clip", 3.0),
 )
 def test_settings_of_training_reach_the_last_phase(method, name, value):
     usual, other = changed(method, name, value)
@@ -190,7 +195,14 @@ def test_pretrained_reads_the_weights(method, name, weights):
     assert make(method, weights).weights["source"] == "random"
 
 
-@each("method, name", ("padim", "pretrained"), ("mkd", "pretrained"), ("dfr", "pretrained"), ("cflow", "pretrained"))
+@each(
+    "method, name",
+    ("padim", "pretrained"),
+    ("mkd", "pretrained"),
+    ("dfr", "pretrained"),
+    ("cflow", "pretrained"),
+    ("uniad", "pretrained"),
+)
 def test_pretrained_reads_the_weights_of_a_cnn(method, name, cnn_weights):
     _, other = changed(method, name, True, weights=cnn_weights)
     assert other.weights["source"] == "file cnn.safetensors" and make(method, cnn_weights).weights["source"] == "random"
@@ -264,6 +276,9 @@ def test_a_larger_sigma_makes_the_map_smoother(method, name, sigma, gears):
     ("vae", "steps", 5, {"map": "grad"}),
     ("vae", "step_size", 0.1, {"map": "grad"}),
     ("vae", "sparsity", 5.0, {"map": "grad"}),
+    ("uniad", "strides", (8, 16), {}),
+    ("uniad", "standardise", False, {}),
+    ("uniad", "window", 5, {}),
 )
 def test_settings_of_the_score_change_the_map(method, name, value, both, gears):
     usual, other = changed(method, name, value, **both)
@@ -829,12 +844,14 @@ def test_patchknn_reads_the_given_number_of_images_at_a_time(gears):
     assert [at_a_time(model) for model in (usual, other)] == [8, 5]
 
 
-@covers("padim", "backbone")
-def test_padim_can_take_another_cnn():
-    usual, other = changed("padim", "backbone", "test_efficientnet")
+@each(
+    "method, name, own", ("padim", "backbone", "resnet18.tv_in1k"), ("uniad", "backbone", "tf_efficientnet_b4.aa_in1k")
+)
+def test_another_cnn_can_be_taken(method, name, own):
+    usual, other = changed(method, name, "test_efficientnet")
     assert [model.backbone.channels for model in (usual, other)] == [[32, 48, 192], [24, 32, 48]]
-    assert make("padim", backbone="resnet18.tv_in1k").protocol.get("substitute") is None
-    assert other.protocol["substitute"] == "test_efficientnet for resnet18.tv_in1k"
+    assert make(method, backbone=own).protocol.get("substitute") is None
+    assert other.protocol["substitute"] == f"test_efficientnet for {own}"
 
 
 @each("method, name, value, shape", ("padim", "image_size", 96, (144, 20)), ("padim", "grid", 16, (16, 20)))
@@ -981,6 +998,48 @@ def test_draem_trains_for_fewer_epochs_where_its_steps_are_limited(gears):
 @covers("draem", "window")
 def test_draem_scores_the_mean_over_the_given_window():
     usual, other = changed("draem", "window", 3)
+    assert score_of_a_point(other) == round(1 / 9, 4) != score_of_a_point(usual)
+
+
+@each("method, name, value, shapes", ("uniad", "image_size", 96, (64, 64)), ("uniad", "grid", 10, (64, 100)))
+def test_uniad_sees_the_given_grid(method, name, value, shapes):
+    models = changed(method, name, value)
+    found = [m.features(torch.rand(1, 3, m.settings.image_size, m.settings.image_size)) for m in models]
+    assert tuple(f.shape[1] for f in found) == shapes and not torch.equal(found[0].mean(), found[1].mean())
+
+
+@covers("uniad", "width")
+@covers("uniad", "depth")
+@covers("uniad", "heads")
+@covers("uniad", "dropout")
+def test_the_transformer_of_uniad_has_the_given_size():
+    layer = make("uniad", width=48, depth=2, heads=3, dropout=0.3).transformer
+    assert (layer.project.out_features, len(layer.encoder), len(layer.decoder)) == (48, 2, 2)
+    assert {m.num_heads for m in layers(layer, nn.MultiheadAttention)} == {3}
+    assert (
+        {m.dropout for m in layers(layer, nn.MultiheadAttention)} == {0.3} == {m.p for m in layers(layer, nn.Dropout)}
+    )
+
+
+@covers("uniad", "jitter")
+def test_uniad_can_do_without_jitter(gears):
+    usual, other = (model.train() for model in changed("uniad", "jitter", 0.0, dropout=0.0))
+    assert losses(usual, gears) != losses(other, gears) == losses(usual.eval(), gears)
+
+
+@covers("uniad", "cache")
+def test_uniad_sees_the_same_whether_features_are_kept_or_not(gears):
+    usual, other = changed("uniad", "cache", False)
+    for model in (usual, other):
+        model.prepare(gears.train, CPU)
+        model.train()
+    assert usual.cache is not None and other.cache is None
+    assert losses(usual, gears)["mse"] == pytest.approx(losses(other, gears)["mse"], rel=1e-2)
+
+
+@covers("uniad", "pool")
+def test_uniad_scores_the_mean_over_the_given_window():
+    usual, other = changed("uniad", "pool", 3)
     assert score_of_a_point(other) == round(1 / 9, 4) != score_of_a_point(usual)
 
 

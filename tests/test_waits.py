@@ -70,6 +70,7 @@ class Stop(Exception):
         ("mkd", 0, {"batch_size": 3}),
         ("dfr", 0, {"batch_size": 3}),
         ("cflow", 0, {"batch_size": 3}),
+        ("uniad", 0, {"batch_size": 3}),
     ],
 )
 def test_no_step_waits_for_the_device(method, number, overrides, gears, monkeypatch):

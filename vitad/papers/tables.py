@@ -44,7 +44,7 @@ FAITHFUL = {
     "cflow": (),
 }
 IN_THE_MANNER_OF = {"ssltok"}  # too little is public for a reproduction
-OTHER_NETWORKS = {"padim", "mkd", "dfr", "cflow"}  # methods whose backbone is no ViT
+OTHER_NETWORKS = {"padim", "mkd", "dfr", "cflow", "uniad"}  # methods whose backbone is no ViT
 EACH, ALL = "each", "all"  # as a category: one model for each, one of all
 Column = tuple[str, Mapping[str, Any]]  # method and overrides
 
@@ -78,7 +78,7 @@ class Table:
 _VITMEM: dict[str, Column] = {"Ours": ("vitmem", {})}
 _MALA: dict[str, Column] = {"Ours": ("mala", {})}
 _DRAEM: dict[str, Column] = {"DRAEM": ("draem", {})}
-_PADIM: dict[str, Column] = {"PaDim": ("padim", {})}
+_FEATURES: dict[str, Column] = {"PaDim": ("padim", {}), "UniAD": ("uniad", {})}
 _SSLTOK: dict[str, Column] = {"Ours": ("ssltok", {})}
 _CONVOLUTIONS: dict[str, Column] = {"AnoViT": ("anovit", {}), "L2-CAE": ("l2cae", {})}
 _MKD: dict[str, Column] = {"MKD": ("mkd", {})}
@@ -106,7 +106,7 @@ TABLES = {
         "Table 1",
         _JOINT,
         _BOTH,
-        _MALA | _PADIM | _DRAEM | _MKD,
+        _MALA | _FEATURES | _DRAEM | _MKD,
         tested="mvtec",
         category=ALL,
         dtd=True,
@@ -117,7 +117,7 @@ TABLES = {
         "Table 3",
         _JOINT,
         _BOTH,
-        _MALA | _PADIM,
+        _MALA | _FEATURES,
         tested="visa",
         category=ALL,
         dtd=True,
