@@ -6,7 +6,7 @@ from helpers import CPU, make, state
 from torch import nn
 
 from vitad.errors import UserError
-from vitad.methods.rivals import cflow, dfr, mkd
+from vitad.methods.rivals import cflow, dfr, mkd, psvdd
 from vitad.training import train
 
 # --- MKD --------------------------------------------------------------------------------------------------
@@ -200,3 +200,99 @@ def test_places_have_codes_of_their_own():
 def test_cflow_refuses_bad_settings(overrides, mend):
     with pytest.raises(UserError, match=mend):
         make(cflow, **overrides)
+
+
+# --- Patch SVDD -------------------------------------------------------------------------------------------
+
+
+def test_psvdd_has_the_published_number_of_parameters():
+    with torch.device("meta"):
+        model = psvdd.Model(psvdd.Settings())
+    counts = [sum(p.numel() for p in part.parameters()) for part in (model.encoder.small, model.classifiers[0], model)]
+    assert counts == [360_832, 25_864, 453_712]
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_one_pass_gives_the_embeddings_of_all_patches(number):
+    model, images = make(psvdd), torch.rand(2, 3, 64, 64)
+    size, stride = model.sizes[number], model.settings.strides[number]
+    with torch.no_grad():
+        grid = model.grid(images, number)
+        for row in range(grid.shape[2]):
+            for column in range(0, grid.shape[3], 3):
+                top, left = row * stride, column * stride
+                alone = model.encoder(images[..., top : top + size, left : left + size], number)
+                torch.testing.assert_close(alone[..., 0, 0], grid[..., row, column], atol=1e-5, rtol=1e-5)
+
+
+def test_patches_lie_inside_and_their_sides_are_right():
+    at = psvdd.places(4000, 64, 32, torch.Generator().manual_seed(0))
+    assert at[:, :8].min() >= 0 and at[:, :8].max() <= 32
+    assert (at[:, :2] - at[:, 2:4]).abs().max() == 1
+    move = at[:, 6:8] - at[:, 4:6]
+    assert (move.sign() == psvdd.SIDES[at[:, 8]]).all()
+    moved = move.abs()[move != 0]
+    assert moved.min() >= 24 and moved.max() < 32 and len(at[:, 8].unique()) == 8
+
+
+def test_patches_are_cut_where_they_lie():
+    images = torch.rand(3, 3, 20, 20)
+    at = torch.tensor([[0, 0], [5, 2], [1, 1], [12, 12], [3, 7], [0, 12]])  # two of each image
+    for k, (patch, (top, left)) in enumerate(zip(psvdd.crops(images, at, 8), at.tolist(), strict=True)):
+        assert torch.equal(patch, images[k // 2, :, top : top + 8, left : left + 8])
+
+
+def test_a_training_image_has_no_distance_to_itself(gears):
+    model = make(psvdd, bank_size=0)
+    model.prepare(gears.train, CPU)
+    model.finish(gears.train, CPU)
+    with torch.no_grad():
+        known = model.anomaly_map(gears.train.batch([3])["image"])
+        other = model.anomaly_map(gears.test.batch([8])["image"])
+    assert known.max() < 1e-2 * other.max()
+
+
+def test_the_map_is_the_mean_distance_of_the_patches_at_a_pixel(gears):
+    """By a loop over patches."""
+    model = make(psvdd)
+    model.finish(gears.train, CPU)
+    image = gears.test.batch([8])["image"]
+    with torch.no_grad():
+        found, embedded = model.distances(image, 1)[0], model.grid(image, 1)[0]
+    total, count = torch.zeros(64, 64), torch.zeros(64, 64)
+    for row in range(5):
+        for column in range(5):
+            nearest = (model.large_bank - embedded[:, row, column]).norm(dim=1).min()
+            area = (slice(8 * row, 8 * row + 32), slice(8 * column, 8 * column + 32))
+            total[area] += nearest
+            count[area] += 1
+    torch.testing.assert_close(found, total / count, atol=1e-3, rtol=1e-3)
+
+
+def test_psvdd_learns_on_which_side_a_patch_lies(gears):
+    """And with a large lambda, that all patches are one."""
+    shares = {}
+    for weight in (1e-3, 100.0):
+        torch.manual_seed(0)
+        model = make(psvdd, epochs=60, lambda_svdd=weight, lr=3e-3, batch_size=6, pairs=8)
+        model.prepare(gears.train, CPU)
+        before = model.observe(gears.train, CPU)
+        train(model, gears.train, 0, CPU, amp=False)
+        shares[weight] = model.observe(gears.train, CPU)
+    assert before["sides_large"] < 0.25 and shares[1e-3]["sides_large"] > 0.5  # chance is an eighth
+    assert shares[1e-3]["near_large"] < 0.7
+    assert shares[100.0]["sides_large"] < 0.4
+
+
+@pytest.mark.parametrize(
+    ("overrides", "mend"),
+    [
+        ({"widths": "8,8,8,8,8,8,8,8,8"}, "9 widths need 144 px at least"),
+        ({"strides": "3,8"}, "3 has to be even"),
+        ({"strides": "4,10"}, "10 has to be even and to divide 32"),
+        ({"pairs": 0}, "pairs=0"),
+    ],
+)
+def test_psvdd_refuses_bad_settings(overrides, mend):
+    with pytest.raises(UserError, match=mend):
+        make(psvdd, **overrides)

@@ -99,6 +99,8 @@ def test_a_method_prepares_trains_validates_and_scores_on_one_device(name, toy_r
         stepped = [p for p in phase.parameters if p.grad is not None]
         assert stepped and all(p.is_meta and p.grad.is_meta and optimizer.state[p]["exp_avg"].is_meta for p in stepped)
         optimizer.zero_grad()
+    with OneDevice(to_host=True):
+        model.finish(images, META)
     model.eval()
     image = images.batch([0, 1, 2], META)["image"]
     with OneDevice(), torch.no_grad(), autocast(META, model.settings.amp):

@@ -87,6 +87,7 @@ def test_a_method_keeps_the_contract(name, gears):
     batch = gears.test.batch(range(3))
     with torch.no_grad():
         model.prepare(gears.train, CPU)
+        model.finish(gears.train, CPU)
         maps = model.anomaly_map(batch["image"])
         losses = model.losses(batch)
     assert maps.shape == (3, 64, 64) and maps.dtype == torch.float32 and maps.min() >= 0

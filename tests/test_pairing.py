@@ -11,7 +11,7 @@ from torch import nn
 
 from vitad import data, methods, training
 from vitad.methods import METHODS, anovit, mala, ssltok, vitmem
-from vitad.methods.rivals import dinomaly, draem, uniad
+from vitad.methods.rivals import dinomaly, draem, fanogan, psvdd, uniad, vtadl
 from vitad.randomness import generator, next_seed, seed_of, seeded
 from vitad.settings import resolve
 from vitad.training import Phase, train
@@ -33,6 +33,9 @@ BASE = {
     "dinomaly": {"batch_size": 5},
     "draem": {"batch_size": 5},
     "uniad": {"batch_size": 5},
+    "psvdd": {"batch_size": 5},
+    "vtadl": {"batch_size": 5},
+    "fanogan": {"batch_size": 5},
 }
 CNNS = ("padim", "mkd", "dfr", "cflow", "uniad")  # whose backbone is no ViT
 
@@ -78,6 +81,7 @@ CHANGES = {
     "dinomaly no_dropout": {"train dropout"},
     "uniad pretrained=True": {"backbone"},
     "uniad no_jitter": {"train jitter"},
+    "vtadl no_noise": {"train noise"},
     "draem sspcab": {"sspcab"},
     "draem sspcab=True": {"sspcab"},
     "patchknn sampling=coreset": {"bank"},
@@ -169,6 +173,13 @@ def watched(model):
             R.dropout.register_forward_hook(lambda _, __, tokens: note("dropout", tokens == 0))
     if isinstance(model, uniad.Model):
         model.noise = noting(model.noise, "jitter", lambda noise: noise)
+    if isinstance(model, psvdd.Model):
+        model.draws = noting(model.draws, "patches", lambda draws: draws[0])
+        model.draws = noting(model.draws, "colours", lambda draws: draws[1])
+    if isinstance(model, vtadl.Model):
+        model.noise = noting(model.noise, "noise", lambda noise: noise)
+    if isinstance(model, fanogan.Model):
+        model.latent = noting(model.latent, "latent", lambda z: z)
     if isinstance(model, dinomaly.Model):
         model.bottleneck[0].register_forward_hook(lambda _, __, tokens: note("dropout", tokens == 0))
     return drawn
@@ -223,6 +234,9 @@ def test_all_draws_of_a_training_are_watched(traced):
         "dinomaly": {"train order": 3, "train dropout": 3},
         "draem": {"train order": 18, "train damage": 18},
         "uniad": {"train order": 6, "train jitter": 6},
+        "psvdd": {"train order": 6, "train patches": 12, "train colours": 12},
+        "vtadl": {"train order": 6, "train noise": 6},
+        "fanogan": {"gan order": 9, "gan latent": 9, "encoder order": 6},
     }
     for name in ("mala", "ssltok"):
         for purpose, draws in traced(name).items():

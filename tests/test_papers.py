@@ -124,7 +124,7 @@ def test_names_are_readable_unique_and_safe():
 
 def test_the_data_and_presets_of_tables():
     by_method = pd.Series([r.method for r in requests("yang2024-3")]).value_counts()
-    assert by_method.to_dict() == dict.fromkeys(("vitmem", "anovit", "l2cae", "aessim", "vae", "mkd"), 45)
+    assert by_method.to_dict() == dict.fromkeys(("vitmem", "anovit", "l2cae", "fanogan", "aessim", "vae", "mkd"), 45)
     assert {r.preset for r in requests("yang2024-3")} == {"paper"}
     assert {r.category for r in requests("yang2024-5")} == {"01", "02", "03"}
     assert len(requests("yang2024-6")) == 4 * 15 * 3
@@ -670,7 +670,7 @@ def test_a_table_of_committed_records_is_filled(table, tmp_path):
 
 def test_a_table_without_its_data_lists_runs_and_says_what_it_needs(table):
     status, text = table("yang2024-5")
-    assert status == 0 and "27 needed, 0 there, 27 missing" in text and "vitad data download btad" in text
+    assert status == 0 and "45 needed, 0 there, 45 missing" in text and "vitad data download btad" in text
     single = (
         "vitad run vitmem --dataset btad --category 01 --preset paper --seed 0 --data-root DIR --out runs/vitmem-btad"
     )
@@ -767,7 +767,7 @@ def test_a_thousand_records_are_tabulated_in_four_seconds(tmp_path):
         best = min(best, time.process_time() - began)
         if best < 4:
             break
-    assert sum(r.hash in found for r in asked) == 1000 and len(lines) == 6 * 15
+    assert sum(r.hash in found for r in asked) == 1000 and len(lines) == 7 * 15
     assert cell(frame, "carpet", "Ours")["seeds"] == 23 and "judged" in text
     assert best < 4  # two on most processors
 

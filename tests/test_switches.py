@@ -122,6 +122,16 @@ def score_of_a_point(model):
     ("uniad", "lr", 0.5),
     ("uniad", "weight_decay", 0.5),
     ("uniad", "clip", 3.0),
+    ("psvdd", "epochs", 3),
+    ("psvdd", "batch_size", 3),
+    ("psvdd", "lr", 0.5),
+    ("vtadl", "epochs", 3),
+    ("vtadl", "batch_size", 3),
+    ("vtadl", "lr", 0.5),
+    ("vtadl", "weight_decay", 0.5),
+    ("fanogan", "epochs", 3),
+    ("fanogan", "batch_size", 3),
+    ("fanogan", "lr", 0.5),
 )
 def test_settings_of_training_reach_the_last_phase(method, name, value):
     usual, other = changed(method, name, value)
@@ -244,6 +254,8 @@ def test_an_autoencoder_has_another_layer_for_twice_the_size(method, name, value
     ("patchknn", "sigma", 8.0),
     ("padim", "sigma", 2.0),
     ("dinomaly", "sigma", 8.0),
+    ("vtadl", "sigma", 4.0),
+    ("fanogan", "sigma", 4.0),
 )
 def test_a_larger_sigma_makes_the_map_smoother(method, name, sigma, gears):
     usual, other = changed(method, name, sigma)
@@ -279,6 +291,10 @@ def test_a_larger_sigma_makes_the_map_smoother(method, name, sigma, gears):
     ("uniad", "strides", (8, 16), {}),
     ("uniad", "standardise", False, {}),
     ("uniad", "window", 5, {}),
+    ("vtadl", "mixture", "legacy", {}),
+    ("fanogan", "inference", "search", {}),
+    ("fanogan", "encoder_out", "linear", {}),
+    ("fanogan", "steps", 5, {"inference": "search"}),
 )
 def test_settings_of_the_score_change_the_map(method, name, value, both, gears):
     usual, other = changed(method, name, value, **both)
@@ -1041,6 +1057,131 @@ def test_uniad_sees_the_same_whether_features_are_kept_or_not(gears):
 def test_uniad_scores_the_mean_over_the_given_window():
     usual, other = changed("uniad", "pool", 3)
     assert score_of_a_point(other) == round(1 / 9, 4) != score_of_a_point(usual)
+
+
+@covers("psvdd", "image_size")
+@covers("psvdd", "widths")
+@covers("psvdd", "strides")
+def test_psvdd_looks_at_the_given_patches():
+    def shapes(**overrides):
+        model = make("psvdd", **overrides)
+        images = torch.rand(1, 3, model.settings.image_size, model.settings.image_size)
+        return [tuple(model.grid(images, number).shape[1:]) for number in (0, 1)]
+
+    assert shapes() == [(16, 13, 13), (16, 5, 5)]  # patches of 16 and 32 px, each 4 and 8 px
+    assert shapes(image_size=96) == [(16, 21, 21), (16, 9, 9)]
+    assert shapes(widths=(8, 4), strides=(4, 6)) == [(4, 15, 15), (4, 9, 9)]  # of 8 and 16 px, the latter each 6 px
+    assert shapes(strides=(8, 16)) == [(16, 7, 7), (16, 3, 3)]
+
+
+@covers("psvdd", "lambda_svdd")
+def test_lambda_weighs_the_distance_of_near_patches(gears):
+    usual, other = (losses(model, gears) for model in changed("psvdd", "lambda_svdd", 3e-3))
+    near = {name: 3 * value for name, value in usual.items() if name.startswith("near")}
+    assert other == pytest.approx(usual | near)
+
+
+@covers("psvdd", "jitter")
+def test_psvdd_changes_colours_so_much(gears):
+    """Of the pair whose side is told, and of no other."""
+    usual, other = (losses(model, gears) for model in changed("psvdd", "jitter", 0.5))
+    assert {name for name in usual if usual[name] != other[name]} == {"side_small", "side_large"}
+
+
+@covers("psvdd", "pairs")
+def test_psvdd_draws_so_many_pairs_of_each_image(gears):
+    for model, pairs in zip(changed("psvdd", "pairs", 7), (4, 7), strict=True):
+        at, noise = model.draws(gears.train.batch(range(3)), 16)
+        assert at.shape == (3 * pairs, 9) and noise.shape == (2 * 3 * pairs, 3, 16, 16)
+
+
+@covers("psvdd", "bank_size")
+def test_psvdd_keeps_so_many_patches(gears):
+    for size, kept in ((200, 200), (7, 7), (0, 12 * 25)):
+        model = make("psvdd", bank_size=size)
+        model.finish(gears.train, CPU)
+        assert len(model.large_bank) == kept
+
+
+@each("method, name, value, side", ("vtadl", "image_size", 128, 16), ("vtadl", "patch", 16, 4))
+def test_vtadl_has_the_given_patches(method, name, value, side):
+    usual, other = changed(method, name, value)
+    assert (usual.side, other.side) == (8, side)
+    S = other.settings.image_size
+    assert other.encode(torch.rand(1, 3, S, S)).shape == (1, side**2, 32)
+    assert other.reconstruct(torch.rand(1, 3, S, S)).shape == (1, 3, S, S)
+
+
+@covers("vtadl", "width")
+@covers("vtadl", "depth")
+@covers("vtadl", "heads")
+@covers("vtadl", "components")
+def test_the_networks_of_vtadl_have_the_given_size():
+    model = make("vtadl", width=48, depth=2, heads=3, components=5)
+    assert (model.encoder.embed_dim, len(model.encoder.blocks), model.encoder.blocks[0].attn.num_heads) == (48, 2, 3)
+    assert (model.mixture.weight.out_features, model.mixture.mean.out_features) == (5, 5 * 48)
+
+
+@covers("vtadl", "noise")
+def test_noise_is_added_to_the_tokens_in_training_alone(gears):
+    usual, other = changed("vtadl", "noise", 0.0)
+    assert losses(usual, gears) == losses(other, gears)
+    usual, other = usual.train(), other.train()
+    assert losses(usual, gears) != losses(other, gears)
+
+
+@covers("vtadl", "detach")
+def test_vtadl_can_keep_the_mixture_from_moving_the_tokens(gears):
+    found = []
+    for model in changed("vtadl", "detach", True):
+        model.losses(gears.train.batch(range(3)))["nll"].backward()
+        found.append([any(p.grad is not None for p in part.parameters()) for part in (model.encoder, model.mixture)])
+    assert found == [[True, True], [False, True]]
+
+
+@covers("fanogan", "image_size")
+@covers("fanogan", "latent")
+@covers("fanogan", "width")
+def test_the_networks_of_fanogan_have_the_given_size():
+    for overrides, side, features, numbers in (
+        ({}, 64, 256, 8),
+        ({"image_size": 32, "latent": 5, "width": 3}, 32, 384, 5),
+    ):
+        model = make("fanogan", **overrides)
+        found = model.encoder(torch.rand(2, 3, side, side))
+        assert [tuple(x.shape) for x in found] == [(2, features), (2, numbers)]
+        assert model.generator(found[1]).shape == (2, 3, side, side)
+
+
+@covers("fanogan", "n_critic")
+def test_the_generator_of_fanogan_has_one_step_in_so_many(gears):
+    batch, turns = gears.train.batch(range(2)), []
+    for model in changed("fanogan", "n_critic", 5):
+        torch.manual_seed(0)
+        turns.append(sum(model.gan_losses(batch)["fake"] != 0 for _ in range(90)) / 90)
+    assert 1 / 4 < turns[0] < 5 / 12 and 1 / 12 < turns[1] < 1 / 4  # 1/3 and 1/6
+
+
+@covers("fanogan", "penalty")
+def test_the_gradient_penalty_has_its_weight(gears):
+    found = []
+    for model in changed("fanogan", "penalty", 30.0):
+        torch.manual_seed(1)
+        found.append({name: float(value) for name, value in model.gan_losses(gears.train.batch(range(3))).items()})
+    assert found[0]["penalty"] > 0 and found[1] == pytest.approx(found[0] | {"penalty": 3 * found[0]["penalty"]})
+
+
+@covers("fanogan", "gan_epochs")
+@covers("fanogan", "gan_lr")
+def test_generator_and_critic_of_fanogan_have_a_phase_of_their_own():
+    first, second = make("fanogan", gan_epochs=7, gan_lr=0.5).phases()
+    assert (first.epochs, first.lr, first.name) == (7, 0.5, "gan") and (second.epochs, second.name) == (2, "encoder")
+
+
+@covers("fanogan", "kappa")
+def test_kappa_weighs_the_features_of_the_critic(gears):
+    usual, other = (losses(model, gears) for model in changed("fanogan", "kappa", 3.0))
+    assert other == pytest.approx(usual | {"features": 3 * usual["features"]})
 
 
 # --- none is missing --------------------------------------------------------------------------------------

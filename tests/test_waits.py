@@ -71,6 +71,10 @@ class Stop(Exception):
         ("dfr", 0, {"batch_size": 3}),
         ("cflow", 0, {"batch_size": 3}),
         ("uniad", 0, {"batch_size": 3}),
+        ("psvdd", 0, {"batch_size": 3}),
+        ("vtadl", 0, {"batch_size": 3}),
+        ("fanogan", 0, {"batch_size": 2}),
+        ("fanogan", 1, {"batch_size": 3}),
     ],
 )
 def test_no_step_waits_for_the_device(method, number, overrides, gears, monkeypatch):

@@ -286,7 +286,8 @@ def step(model: Method, phase: Phase, batch: dict[str, Any]) -> Part:
 
     model.train()
     keep(batch["image"])
-    with counter() as counted, _Calls() as calls:
+    with counter() as counted, _Calls() as calls, torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # a step may be one of several kinds, by chance
         with (
             saved_tensors_hooks(keep, lambda tensor: tensor),
             torch.autocast("cpu", torch.bfloat16, model.settings.amp),

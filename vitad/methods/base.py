@@ -49,6 +49,9 @@ class Method(nn.Module, ABC):
     def prepare(self, images: ImageSet, device: torch.device) -> None:
         """Look at the training images once before training."""
 
+    def finish(self, images: ImageSet, device: torch.device) -> None:
+        """Look at the training images once after training, to keep what test images are compared with."""
+
     def observe(self, images: ImageSet, device: torch.device) -> dict[str, int | float]:
         """Further counts for the run record, from the training images after training."""
         return {}

@@ -31,7 +31,8 @@ USUAL_PRESETS = {  # of the book's own records, by data set, or by method and da
 }
 # Presets whose settings are the source's, so that their metrics can be held against printed ones. AnoViT's `paper` has
 # another output range than the published code. Of L2-CAE the layers are unknown, and much of its schedule is ours.
-# So is that of AE-SSIM, whose source sees crops, and of the VAE, whose layers no paper says.
+# So is that of AE-SSIM, whose source sees crops, and of the VAE, whose layers no paper says. VT-ADL has another score
+# here and Patch SVDD another number of pairs in a step; f-AnoGAN stands for AnoGAN.
 FAITHFUL = {
     "vitmem": ("paper", "sec34"),
     "mala": ("paper",),
@@ -42,6 +43,9 @@ FAITHFUL = {
     "mkd": (),
     "dfr": (),
     "cflow": (),
+    "psvdd": (),
+    "vtadl": (),
+    "fanogan": (),
 }
 IN_THE_MANNER_OF = {"ssltok"}  # too little is public for a reproduction
 OTHER_NETWORKS = {"padim", "mkd", "dfr", "cflow", "uniad"}  # methods whose backbone is no ViT
@@ -82,7 +86,7 @@ _FEATURES: dict[str, Column] = {"PaDim": ("padim", {}), "UniAD": ("uniad", {})}
 _SSLTOK: dict[str, Column] = {"Ours": ("ssltok", {})}
 _CONVOLUTIONS: dict[str, Column] = {"AnoViT": ("anovit", {}), "L2-CAE": ("l2cae", {})}
 _MKD: dict[str, Column] = {"MKD": ("mkd", {})}
-_RIVALS: dict[str, Column] = {"AE_SSIM": ("aessim", {}), "VAE": ("vae", {})} | _MKD
+_RIVALS: dict[str, Column] = {"AnoGAN": ("fanogan", {}), "AE_SSIM": ("aessim", {}), "VAE": ("vae", {})} | _MKD
 _ABLATION: dict[str, Column] = {
     "Base": ("vitmem", vitmem.VARIANTS["base"]),
     "Base + M": ("vitmem", vitmem.VARIANTS["base_m"]),
@@ -96,9 +100,15 @@ _JOINT = "mvtec+visa"  # Chen et al., sec. IV-C: one model for the categories of
 
 TABLES = {
     "yang2024-3": Table("yang2024", "Table 3", "mvtec", _IMAGE, _VITMEM | _CONVOLUTIONS | _RIVALS),
-    "yang2024-4": Table("yang2024", "Table 4", "mvtec", _LOCAL, _VITMEM | _RIVALS),
+    "yang2024-4": Table("yang2024", "Table 4", "mvtec", _LOCAL, _VITMEM | _RIVALS | {"VT_ADL": ("vtadl", {})}),
     "yang2024-5": Table(
-        "yang2024", "Table 5", "btad", _ALL, _VITMEM | _DRAEM | {"SSPCAB": ("draem", draem.VARIANTS["sspcab"])}
+        "yang2024",
+        "Table 5",
+        "btad",
+        _ALL,
+        _VITMEM
+        | {"P-SVDD": ("psvdd", {}), "VT-ADL": ("vtadl", {}), "SSPCAB": ("draem", draem.VARIANTS["sspcab"])}
+        | _DRAEM,
     ),
     "yang2024-6": Table("yang2024", "Table 6", "mvtec", _ALL, _ABLATION),
     "mala2023-1": Table(

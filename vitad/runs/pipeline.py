@@ -99,6 +99,7 @@ def run(
         clock.note("prepare")
         keep = _phase_writer(out, request)
         history = train(model, images.train, request.seed, device, model.settings.amp, state, keep, processes)
+        model.finish(images.train, device)
         clock.note("train")
         maps, scores = score(model, images.test, device, model.settings.batch_size, model.settings.amp, processes)
         clock.note("score")
