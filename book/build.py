@@ -23,6 +23,7 @@ import nbformat
 import yaml
 from execution import BUILD, ROOT, Task, execute_all, options, whole_number
 from facts import address, facts, installing_cell, published, repository
+from lighten import lighten, without_outputs
 
 
 def path(text: str) -> str:
@@ -116,6 +117,7 @@ def build_html(executed: dict[Path, Path], about: dict) -> None:
     missing = [page for page in pages if not (html / f"{page}.html").exists()]
     if missing:
         sys.exit(f"book: {len(missing)} of {len(pages)} pages are missing: {', '.join(missing)}")
+    lighten(html)
     (html / ".nojekyll").touch()  # or GitHub Pages would leave out folders such as _static
     if about["site"]:
         (html / "robots.txt").write_text(f"User-agent: *\nAllow: /\nSitemap: {about['site']}/sitemap.xml\n")
@@ -128,11 +130,7 @@ def write_for_colab(executed: dict[Path, Path], about: dict, folder: Path) -> No
     """The notebooks with a first cell that installs the library, and without outputs."""
     folder.mkdir()
     for notebook, done in executed.items():
-        nb = nbformat.read(done, 4)
-        nb.metadata.pop("widgets", None)
-        for cell in nb.cells:
-            if cell.cell_type == "code":
-                cell.outputs, cell.execution_count = [], None
+        nb = without_outputs(nbformat.read(done, 4))
         nb.cells.insert(0, nbformat.v4.new_code_cell(installing_cell(about), id="install"))
         nbformat.write(nb, folder / notebook.name)
 

@@ -1,6 +1,7 @@
 """The facts of the book: files that repeat them, pages that point nowhere without a place, and what a site adds."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -72,6 +73,19 @@ def test_a_notebook_for_colab_installs_the_library_of_this_commit_first(tmp_path
     sources = [cell.source for cell in nbformat.read(notebook, 4).cells]
     assert [cell.source for cell in nb.cells[1:]] == sources
     assert not any(cell.get("outputs") for cell in nb.cells)
+
+
+def test_workflows_keep_to_the_schema_of_github():
+    files = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+    linter = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.github-workflows"]
+    done = subprocess.run([*linter, *files], capture_output=True, text=True)
+    assert len(files) == 2 and done.returncode == 0, done.stdout
+
+
+def test_tests_run_on_two_systems_and_two_pythons():
+    (job,) = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())["jobs"].values()
+    assert job["strategy"]["matrix"] == {"os": ["ubuntu-latest", "macos-latest"], "python": ["3.11", "3.12"]}
+    assert [s["run"].split()[1] for s in job["steps"] if "run" in s] == ["book", "test"]
 
 
 def test_the_workflow_that_publishes_calls_targets_of_make():

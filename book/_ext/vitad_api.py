@@ -3,7 +3,7 @@
 A comment in a page under book/ is replaced while the book is built:
 
     <!-- front door -->              what `import vitad` offers
-    <!-- api vitad.data -->          a module, or a package with all that is in it
+    <!-- api vitad.data -->          a module, or a package with all that is in it and has no page of its own
     <!-- api others -->              every module that no other page names
 
 Private modules (`_name`, `__main__`) are left out. A module that is added to the library appears by itself.
@@ -37,7 +37,8 @@ def chosen_modules(name: str, named: set[str]) -> list[str]:
         return [module for module in public_modules() if f"{module}.".startswith(f"{package}.")]
 
     if name != "others":
-        return below(name)
+        apart = {module for other in named if other.startswith(f"{name}.") for module in below(other)}
+        return [module for module in below(name) if module not in apart]
     elsewhere = {module for package in named for module in below(package)}
     return [module for module in public_modules() if module not in elsewhere]
 
