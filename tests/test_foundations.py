@@ -15,7 +15,7 @@ from vitad.papers import printed
 from vitad.show import drawings, field, lessons, live
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("problem", "transformer", "reconstruction", "metrics")
+PAGES = ("problem", "transformer", "reconstruction", "metrics", "families")
 TERM = re.compile(r"\{term\}`(?:[^`<]*<)?([^`<>]+)>?`")
 
 
@@ -77,6 +77,11 @@ DRAWINGS = {
     "vision_transformer": lambda: drawings.vision_transformer(224, 14, 384, 12),
     "block": drawings.block,
     "autoencoder": lambda: drawings.autoencoder(12288, 16),
+    "flow": lambda: drawings.flow(
+        [("image", "3 × S × S", "blue"), ("network", "", "red"), ("map", "S × S", "green")],
+        "An image passes through a network and becomes a map.",
+        "From an image to a map.",
+    ),
     "families": lambda: field.families(literature.SYSTEMS),
     "timeline": lambda: field.timeline(literature.SYSTEMS),
 }

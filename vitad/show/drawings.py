@@ -198,3 +198,16 @@ def autoencoder(pixels: int, bottleneck: int) -> HTML:
         alt,
         "An autoencoder. What does not fit through the bottleneck is missing on the right. The difference shows it.",
     )
+
+
+def flow(steps: Sequence[tuple[str, str, str]], alt: str, caption: str) -> HTML:
+    """A row of boxes with arrows between: (words, smaller words below, `blue`, `red`, `green` or `amber`) each."""
+    colours = {"blue": BLUE, "red": RED, "green": GREEN, "amber": AMBER}
+    d, gap = Drawing(760, 150), 30.0
+    width = (740 - gap * (len(steps) - 1)) / len(steps)
+    for k, (words, below, colour) in enumerate(steps):
+        x = 10 + k * (width + gap)
+        d.box(x, 20, width, 64, words, below, colours[colour])
+        if k:
+            d.arrow([(x - gap + 2, 52), (x - 3, 52)])
+    return d.show(alt, caption)
