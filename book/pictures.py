@@ -213,7 +213,7 @@ def inside(record: Record) -> None:
         fig.supxlabel(source, fontsize=6)
         out = results_folder() / "inside" / f"{name}-{part}.jpg"
         out.parent.mkdir(exist_ok=True)
-        fig.savefig(out, dpi=170, pil_kwargs={"quality": 85, "optimize": True})
+        fig.savefig(out, dpi=150, pil_kwargs={"quality": 80, "optimize": True})
         plt.close(fig)
         print(out)
 

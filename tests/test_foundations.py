@@ -7,6 +7,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import nbformat
 import numpy as np
+import pandas as pd
 import pytest
 
 from vitad.metrics import evaluate
@@ -77,6 +78,7 @@ DRAWINGS = {
     "vision_transformer": lambda: drawings.vision_transformer(224, 14, 384, 12),
     "block": drawings.block,
     "autoencoder": lambda: drawings.autoencoder(12288, 16),
+    "memory_variants": drawings.memory_variants,
     "memory_autoencoder": lambda: drawings.memory_autoencoder(384, 16, 768, 12, 100),
     "families": lambda: field.families(literature.SYSTEMS),
     "timeline": lambda: field.timeline(literature.SYSTEMS),
@@ -176,5 +178,8 @@ def test_figures_of_a_memory_and_of_differences_draw_what_they_are_given():
     assert [len(axis.images) for axis in strips.axes[:2]] == [3, 3] and len(strips.axes) == 3
     fig = lessons.terms({"image": images}, {"x": mask * 0.1, "y": mask * 9.0}, mask, ["a", "b"])
     assert len(fig.axes) == 6 + 2 and fig.axes[2].images[0].get_clim() != fig.axes[4].images[0].get_clim()
-    axes = lessons.steps({"AUROC": {"up": (0.2, 0.1, 0.3), "open": (0.1, -0.1, 0.3)}, "PRO": {"up": (1, 0, 2)}}).axes
-    assert [len(axis.collections) for axis in axes] == [2, 1]
+    index = pd.MultiIndex.from_product([["up", "open"], ["AUROC", "PRO"]], names=["contrast", "metric"])
+    columns = {"difference": [0.2, None, 0.1, None], "low": [0.1, None, -0.1, None], "high": [0.3, None, 0.3, None]}
+    verdicts = {"verdict": ["above", "undecided", "undecided", "undecided"]}
+    (panel,) = lessons.steps(pd.DataFrame(columns | verdicts, index=index)).axes
+    assert panel.get_title() == "AUROC" and len({tuple(line.get_color()[0]) for line in panel.collections}) == 2

@@ -246,3 +246,25 @@ def memory_autoencoder(size: int, patch: int, width: int, depth: int, items: int
         "The whole model. The decoder never sees the features F, only mixtures of stored items. So a defect should not "
         "reach it.",
     )
+
+
+def memory_variants() -> HTML:
+    """The four rows of the ablation: which parts stand between encoder and decoder."""
+    d = Drawing(760, 250)
+    for i, (name, parts) in enumerate({"base": "", "base_ca": "C", "base_m": "M", "full": "MC"}.items()):
+        y = 14.0 + 60 * i
+        d.text(84, y + 25, name, 15, "end", bold=True)
+        d.box(120, y, 100, 38, "ViT")
+        x = 220.0
+        for part, words, colour, left in (("M", "memory", AMBER, 260.0), ("C", "coordinate attention", RED, 400.0)):
+            if part in parts:
+                d.arrow([(x + 2, y + 19), (left - 3, y + 19)])
+                x = left + (100 if part == "M" else 170)
+                d.box(left, y, x - left, 38, words, colour=colour)
+        d.arrow([(x + 2, y + 19), (607, y + 19)])
+        d.box(610, y, 110, 38, "decoder")
+    alt = (
+        "Four rows. base: ViT, then decoder. base_ca: ViT, coordinate attention, decoder. base_m: ViT, memory, decoder. "
+        "full: ViT, memory, coordinate attention, decoder."
+    )
+    return d.show(alt, "The four rows of the ablation. They differ in nothing but the parts between ViT and decoder.")

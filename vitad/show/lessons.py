@@ -7,6 +7,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -255,7 +256,8 @@ def answers(queries: np.ndarray, items: np.ndarray, weights: np.ndarray, names: 
             show(axis, item)
             axis.set_title(f"{weight:.1%}")
         for axis in row:
-            blank(axis)
+            axis.set(xticks=[], yticks=[])
+            axis.spines[:].set(visible=True, color="#bbbbbb")
     axes[0, 0].set_title("patch")
     return fig
 
@@ -308,21 +310,25 @@ def terms(
     return fig
 
 
-def steps(panels: Mapping[str, Mapping[str, tuple[float, float, float]]]) -> Figure:
-    """Differences with their intervals, one panel a metric: {metric: {step: (difference, low, high)}}."""
-    rows = list(next(iter(panels.values())))
+def steps(found: pd.DataFrame) -> Figure:
+    """Differences with their intervals, one panel a metric, from `vitad.evidence.contrasts`.
+
+    Coloured: the interval excludes 0. Full dots: so it does after the correction. Crosses: printed differences.
+    """
+    rows = list(dict.fromkeys(found.index.get_level_values("contrast")))
+    metrics = list(dict.fromkeys(found.dropna(subset="difference").index.get_level_values("metric")))
     fig, axes = plt.subplots(
-        1, len(panels), figsize=(WIDTH, 0.28 * len(rows) + 0.9), sharey=True, layout="constrained", squeeze=False
+        1, len(metrics), figsize=(WIDTH, 0.26 * len(rows) + 0.8), sharey=True, layout="constrained", squeeze=False
     )
-    for axis, (metric, found) in zip(axes[0], panels.items(), strict=True):
+    for axis, metric in zip(axes[0], metrics, strict=True):
         axis.axvline(0, color="#555555", lw=1, ls="--")
         for y, row in enumerate(rows):
-            if row in found:
-                value, low, high = found[row]
-                decided = low > 0 or high < 0
-                colour = BLUE if decided else "#999999"
-                axis.hlines(y, low, high, color=colour, lw=2)
-                axis.plot(value, y, "o", color=colour, ms=5)
+            step = found.loc[(row, metric)]
+            colour = BLUE if step["low"] > 0 or step["high"] < 0 else "#999999"
+            inside = "white" if step["verdict"] == "undecided" else colour
+            axis.hlines(y, step["low"], step["high"], color=colour, lw=2)
+            axis.plot(step["difference"], y, "o", color=colour, mfc=inside, ms=5)
+            axis.plot(step.get("printed", np.nan), y, "x", color=RED, ms=6)
         axis.set_title(metric)
         axis.tick_params(axis="x", labelsize=7)
         axis.locator_params(axis="x", nbins=4)
