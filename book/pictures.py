@@ -1,7 +1,8 @@
-"""Draw the two pictures of real images that the book shows.
+"""Draw the pictures of real images that the book shows.
 
     python book/pictures.py intro              results/intro.png: good and defective products, and the defects close by
     python book/pictures.py compare [RUNS]     results/compare.png: one defect of each data set, as every method maps it
+    python book/pictures.py inside RUN         results/inside/METHOD-DATA-PART.jpg: what happens inside a trained method
 
 Images come from `VITAD_DATA`, maps from the finished runs below RUNS (default `runs`): of each method the one with the
 lowest seed, without overrides, of the preset that its page quotes. results/compare.npz keeps the maps that are drawn,
@@ -14,15 +15,16 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+import torch
 from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 
 from vitad import data, methods
 from vitad.files import atomic_write
-from vitad.runs.folder import read_maps
+from vitad.runs.folder import load_model, read_maps
 from vitad.runs.pipeline import MASK_THRESHOLD
-from vitad.runs.record import Record, read_records, results_folder
-from vitad.show import plots
+from vitad.runs.record import Record, read_record, read_records, results_folder
+from vitad.show import lessons, plots
 
 SIZE = 384  # px
 ORDER = ("l2cae", "anovit", "vitmem", "mala", "patchknn", "ssltok")
@@ -142,6 +144,80 @@ def compare(places: dict[str, Place], maps: dict[str, np.ndarray]) -> Figure:
     return fig
 
 
+# --- inside a method: one function each, {part: figure} of a finished run ------------------------------------------
+
+
+@torch.no_grad()
+def inside_vitmem(record: Record) -> dict[str, Figure]:
+    model = load_model(record["folder"], "cpu")
+    s = model.settings
+    images = data.load(record["dataset"], None, record["category"], record["split"], image_size=s.image_size)
+    labels, kinds = images.test.labels, images.test.defects
+    few = plots.examples(labels, kinds)[:5]
+    sample = images.test.batch(few)
+    batch, masks = sample["image"], sample["mask"][:, 0].numpy()
+    names = [kinds[i].replace("_", " ").lower() for i in few]
+    x, rebuilt, w_hat = model.reconstruct(batch)
+    features = model.encode(x)
+    recalled, _ = model.memory(features)
+    g = features.shape[-1]
+    tensors = {"F": features, "F′": recalled, "F″": model.coord_att(recalled)}
+    colours = {
+        name: plots.principal_components(z.flatten(2).transpose(1, 2), (g, g)).transpose(0, 3, 1, 2)
+        for name, z in tensors.items()
+    }
+    figures = {"features": lessons.rebuilt({"image": batch.numpy(), **colours}, names, masks)}
+    figures["memory"] = answers_of(model, images, batch, masks, w_hat)
+    a_h, a_w = model.coord_att.attention(recalled)
+    rows, columns = a_h.mean(1)[..., 0].numpy(), a_w.mean(1)[:, 0].numpy()
+    figures["attention"] = lessons.strips(batch.numpy(), rows, columns, masks, names)
+    errors = {name: error.numpy() for name, error in model.error_maps(batch).items()}
+    pictures = {"image": batch.numpy(), "rebuilt": (rebuilt.numpy() + 1) / 2 if x.min() < 0 else rebuilt.numpy()}
+    shown = dict(zip(("squared error", "1 − SSIM", "entropy"), errors.values(), strict=True))
+    figures["errors"] = lessons.terms(pictures, shown, masks, names)
+    return figures
+
+
+def answers_of(model, images, batch, masks, w_hat) -> Figure:
+    """The heaviest items for a patch on the largest defect, for the same place of a good image, and for a corner.
+
+    An item is shown as the patch of a good training image that gives it the most weight.
+    """
+    g, P = w_hat.shape[1], model.encoder.patch_embed.patch_size[0]
+    share = torch.nn.functional.adaptive_avg_pool2d(torch.from_numpy(masks[:, None].astype(np.float32)), g)[:, 0]
+    worst, row, column = np.unravel_index(int(share.argmax()), share.shape)
+    queries = {"defect": (worst, row, column), "same place,\ngood": (0, row, column), "corner": (worst, 0, 0)}
+    weights = torch.stack([w_hat[place] for place in queries.values()])
+    heaviest, chosen = weights.topk(5)
+    best = torch.full((w_hat.shape[-1],), -1.0)
+    patch = torch.zeros(len(best), 3, P, P)
+    for i in range(0, len(images.train), 16):
+        good = images.train.batch(range(i, min(i + 16, len(images.train))))["image"]
+        w = model.reconstruct(good)[2].flatten(0, 2)  # (B g g, N)
+        value, place = w.max(0)
+        cut = good.unfold(2, P, P).unfold(3, P, P).permute(0, 2, 3, 1, 4, 5).reshape(-1, 3, P, P)
+        better = value > best
+        best[better], patch[better] = value[better], cut[place[better]]
+    asked = [batch[i, :, r * P : (r + 1) * P, c * P : (c + 1) * P].numpy() for i, r, c in queries.values()]
+    return lessons.answers(np.stack(asked), patch[chosen].numpy(), heaviest.numpy(), list(queries))
+
+
+INSIDE = {"vitmem": inside_vitmem}
+
+
+def inside(record: Record) -> None:
+    name = f"{record['method']}-{record['category'] or record['dataset']}"
+    lessons.style()
+    for part, fig in INSIDE[record["method"]](record).items():
+        source = {"mvtec": MVTEC.format("Photographs"), "mt": TILES.format("s")}.get(record["dataset"], "")
+        fig.supxlabel(source, fontsize=6)
+        out = results_folder() / "inside" / f"{name}-{part}.jpg"
+        out.parent.mkdir(exist_ok=True)
+        fig.savefig(out, dpi=150, pil_kwargs={"quality": 80, "optimize": True})
+        plt.close(fig)
+        print(out)
+
+
 def main(arguments: list[str]) -> None:
     what, *runs = arguments or ["nothing"]
     if what == "intro":
@@ -154,6 +230,8 @@ def main(arguments: list[str]) -> None:
         with atomic_write(kept) as temporary, open(temporary, "wb") as file:
             np.savez_compressed(file, **maps)  # type: ignore[arg-type]
         fig = compare(COMPARE, maps)
+    elif what == "inside":
+        return inside(read_record(runs[0]) | {"folder": Path(runs[0])})
     else:
         sys.exit(__doc__)
     out = results_folder() / f"{what}.png"

@@ -7,6 +7,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import nbformat
 import numpy as np
+import pandas as pd
 import pytest
 
 from vitad.metrics import evaluate
@@ -15,7 +16,7 @@ from vitad.papers import printed
 from vitad.show import drawings, field, lessons, live
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("problem", "transformer", "reconstruction", "metrics", "families")
+PAGES = ("problem", "transformer", "reconstruction", "metrics", "families", "vitmem")
 TERM = re.compile(r"\{term\}`(?:[^`<]*<)?([^`<>]+)>?`")
 
 
@@ -82,6 +83,8 @@ DRAWINGS = {
         "An image passes through a network and becomes a map.",
         "From an image to a map.",
     ),
+    "memory_variants": drawings.memory_variants,
+    "memory_autoencoder": lambda: drawings.memory_autoencoder(384, 16, 768, 12, 100),
     "families": lambda: field.families(literature.SYSTEMS),
     "timeline": lambda: field.timeline(literature.SYSTEMS),
 }
@@ -166,3 +169,22 @@ def test_figures_of_the_lessons_draw_what_they_are_given():
     assert len(lessons.reach(rng.random((3, 2)), 0.5).axes[0].lines) == 4
     assert len(field.dot_table({"a": ["x"], "b": ["x", "y"]}, ["x", "y"]).axes[0].lines) == 2
     assert lessons.matrix(rng.normal(size=(4, 5)), "x", "y").axes[0].images[0].get_array().shape == (4, 5)
+
+
+def test_figures_of_a_memory_and_of_differences_draw_what_they_are_given():
+    rng = np.random.default_rng(0)
+    images, mask = rng.random((2, 3, 28, 28)), np.zeros((2, 28, 28), bool)
+    mask[:, 5:9, 5:9] = True
+    weights = np.array([[0.3, 0.2], [0.5, 0.1]])
+    patches = rng.random((2, 2, 3, 4, 4))
+    shown = lessons.answers(patches[:, 0], patches, weights, ["a", "b"]).axes
+    assert [axis.get_title() for axis in shown] == ["patch", "30.0%", "20.0%", "", "50.0%", "10.0%"]
+    strips = lessons.strips(images, rng.random((2, 4)), rng.random((2, 4)), mask, ["a", "b"])
+    assert [len(axis.images) for axis in strips.axes[:2]] == [3, 3] and len(strips.axes) == 3
+    fig = lessons.terms({"image": images}, {"x": mask * 0.1, "y": mask * 9.0}, mask, ["a", "b"])
+    assert len(fig.axes) == 6 + 2 and fig.axes[2].images[0].get_clim() != fig.axes[4].images[0].get_clim()
+    index = pd.MultiIndex.from_product([["up", "open"], ["AUROC", "PRO"]], names=["contrast", "metric"])
+    columns = {"difference": [0.2, None, 0.1, None], "low": [0.1, None, -0.1, None], "high": [0.3, None, 0.3, None]}
+    verdicts = {"verdict": ["above", "undecided", "undecided", "undecided"]}
+    (panel,) = lessons.steps(pd.DataFrame(columns | verdicts, index=index)).axes
+    assert panel.get_title() == "AUROC" and len({tuple(line.get_color()[0]) for line in panel.collections}) == 2

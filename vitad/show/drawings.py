@@ -211,3 +211,73 @@ def flow(steps: Sequence[tuple[str, str, str]], alt: str, caption: str) -> HTML:
         if k:
             d.arrow([(x - gap + 2, 52), (x - 3, 52)])
     return d.show(alt, caption)
+
+
+def memory_autoencoder(size: int, patch: int, width: int, depth: int, items: int) -> HTML:
+    """The ViT autoencoder with memory and coordinate attention, with the shapes of its tensors."""
+    g = size // patch
+    d = Drawing(760, 352)
+    grid = f"{width} × {g} × {g}"
+    d.text(68, 30, "image x")
+    d.cells(20, 40, 4, 4, 24, coloured=[6])
+    d.text(68, 156, f"3 × {size} × {size}", 13)
+    d.arrow([(118, 88), (146, 88)])
+    d.box(150, 54, 100, 68, f"ViT\n{depth} blocks")
+    d.arrow([(252, 88), (280, 88)])
+    d.text(332, 30, "features F")
+    d.cells(284, 40, 4, 4, 24, coloured=[6])
+    d.text(332, 156, grid, 13)
+    d.arrow([(382, 88), (410, 88)])
+    d.box(
+        414, 40, 160, 96, "memory\nfind similar items,\nmix them, forget F", f"{items} items of {width} numbers", AMBER
+    )
+    d.arrow([(576, 88), (604, 88)])
+    d.text(656, 30, "recalled F′")
+    d.cells(608, 40, 4, 4, 24)
+    d.text(656, 156, grid, 13)
+    d.arrow([(656, 166), (656, 234)])
+    d.box(566, 238, 180, 58, "coordinate attention", "weighs rows and columns", RED)
+    d.arrow([(564, 267), (506, 267)])
+    d.text(536, 258, "F″")
+    d.shape("M502 243L372 215V319L502 291Z", BLUE)
+    d.text(434, 272, "decoder")
+    d.arrow([(368, 267), (338, 267)])
+    d.cells(236, 219, 4, 4, 24)
+    d.text(284, 335, "rebuilt x̂")
+    d.arrow([(232, 267), (202, 267)])
+    d.box(20, 237, 178, 60, "compare", f"anomaly map, {size} × {size}", GREEN)
+    d.arrow([(68, 166), (68, 233)])
+    d.arrow([(494, 162), (494, 192), (150, 192), (150, 233)], dashed=True)
+    d.text(320, 186, "entropy: how undecided was the memory?", 13)
+    alt = (
+        f"An image passes a ViT of {depth} blocks and becomes features of {grid}. A memory of {items} items replaces "
+        "them by mixtures of its items. Coordinate attention weighs rows and columns, a decoder draws the image, which "
+        "is compared with the input."
+    )
+    return d.show(
+        alt,
+        "The whole model. The decoder never sees the features F, only mixtures of stored items. So a defect should not "
+        "reach it.",
+    )
+
+
+def memory_variants() -> HTML:
+    """The four rows of the ablation: which parts stand between encoder and decoder."""
+    d = Drawing(760, 250)
+    for i, (name, parts) in enumerate({"base": "", "base_ca": "C", "base_m": "M", "full": "MC"}.items()):
+        y = 14.0 + 60 * i
+        d.text(84, y + 25, name, 15, "end", bold=True)
+        d.box(120, y, 100, 38, "ViT")
+        x = 220.0
+        for part, words, colour, left in (("M", "memory", AMBER, 260.0), ("C", "coordinate attention", RED, 400.0)):
+            if part in parts:
+                d.arrow([(x + 2, y + 19), (left - 3, y + 19)])
+                x = left + (100 if part == "M" else 170)
+                d.box(left, y, x - left, 38, words, colour=colour)
+        d.arrow([(x + 2, y + 19), (607, y + 19)])
+        d.box(610, y, 110, 38, "decoder")
+    alt = (
+        "Four rows. base: ViT, then decoder. base_ca: ViT, coordinate attention, decoder. base_m: ViT, memory, decoder. "
+        "full: ViT, memory, coordinate attention, decoder."
+    )
+    return d.show(alt, "The four rows of the ablation. They differ in nothing but the parts between ViT and decoder.")

@@ -7,6 +7,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -237,4 +238,99 @@ def against(
     axis.minorticks_off()
     axis.set(xlabel=xlabel, ylabel=ylabel, ylim=(0, None))
     axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    return fig
+
+
+def answers(queries: np.ndarray, items: np.ndarray, weights: np.ndarray, names: Sequence[str]) -> Figure:
+    """What a memory answers: a row for each query (n,3,P,P), beside it its items as patches (n,k,3,P,P), with weights.
+
+    weights (n,k) stand above the items.
+    """
+    n, k = weights.shape
+    side = WIDTH / (k + 1)
+    fig, axes = plt.subplots(n, k + 1, figsize=(WIDTH, n * (side + 0.2) + 0.2), layout="constrained", squeeze=False)
+    for i, row in enumerate(axes):
+        show(row[0], queries[i])
+        row[0].set_ylabel(names[i])
+        for axis, item, weight in zip(row[1:], items[i], weights[i], strict=True):
+            show(axis, item)
+            axis.set_title(f"{weight:.1%}")
+        for axis in row:
+            axis.set(xticks=[], yticks=[])
+            axis.spines[:].set(visible=True, color="#bbbbbb")
+    axes[0, 0].set_title("patch")
+    return fig
+
+
+def strips(
+    images: np.ndarray, rows: np.ndarray, columns: np.ndarray, masks: np.ndarray | None, titles: Sequence[str]
+) -> Figure:
+    """Images (n,3,S,S) with a weight for each row (n,g) at their right and for each column (n,g) below."""
+    n, S = len(images), images.shape[-1]
+    fig, axes = plt.subplots(1, n, figsize=(WIDTH, WIDTH / n + 0.5), layout="constrained", squeeze=False)
+    gap, wide = 0.02 * S, 0.14 * S
+    scale: dict[str, Any] = dict(
+        vmin=min(rows.min(), columns.min()), vmax=max(rows.max(), columns.max()), cmap="viridis", aspect="auto"
+    )
+    for j, axis in enumerate(axes[0]):
+        show(axis, images[j], None if masks is None else masks[j])
+        axis.imshow(rows[j][:, None], extent=(S + gap, S + wide, S, 0), **scale)
+        drawn = axis.imshow(columns[j][None], extent=(0, S, S + wide, S + gap), **scale)
+        axis.set(xlim=(0, S + wide), ylim=(S + wide, 0), aspect="equal", title=titles[j])
+        blank(axis)
+    fig.colorbar(drawn, ax=axes, label="weight, mean over channels", shrink=0.6, aspect=30, location="bottom")
+    return fig
+
+
+def terms(
+    pictures: Mapping[str, np.ndarray],
+    maps: Mapping[str, np.ndarray],
+    masks: np.ndarray | None,
+    titles: Sequence[str],
+    width: float = WIDTH,
+) -> Figure:
+    """Rows of pictures (n,3,H,W), below them rows of maps (n,H,W), each row of maps on a scale of its own."""
+    n, rows = len(titles), len(pictures) + len(maps)
+    side = (width - 1.2) / n
+    fig, axes = plt.subplots(rows, n, figsize=(width, rows * side + 0.3), layout="constrained", squeeze=False)
+    for i, (name, values) in enumerate({**pictures, **maps}.items()):
+        mask_of = [None] * n if masks is None else list(masks)
+        for j, axis in enumerate(axes[i]):
+            if name in pictures:
+                show(axis, values[j].clip(0, 1), mask_of[j] if i == 0 else None)
+            else:
+                drawn = axis.imshow(values[j], HEAT, vmin=values.min(), vmax=np.quantile(values, 0.998))
+                outline(axis, mask_of[j], "white", 0.7)
+            blank(axis)
+        axes[i, 0].set_ylabel(name)
+        if name in maps:
+            fig.colorbar(drawn, ax=axes[i], shrink=0.9, aspect=12, extend="max")
+    for axis, title in zip(axes[0], titles, strict=True):
+        axis.set_title(title)
+    return fig
+
+
+def steps(found: pd.DataFrame) -> Figure:
+    """Differences with their intervals, one panel a metric, from `vitad.evidence.contrasts`.
+
+    Coloured: the interval excludes 0. Full dots: so it does after the correction. Crosses: printed differences.
+    """
+    rows = list(dict.fromkeys(found.index.get_level_values("contrast")))
+    metrics = list(dict.fromkeys(found.dropna(subset="difference").index.get_level_values("metric")))
+    fig, axes = plt.subplots(
+        1, len(metrics), figsize=(WIDTH, 0.26 * len(rows) + 0.8), sharey=True, layout="constrained", squeeze=False
+    )
+    for axis, metric in zip(axes[0], metrics, strict=True):
+        axis.axvline(0, color="#555555", lw=1, ls="--")
+        for y, row in enumerate(rows):
+            step = found.loc[(row, metric)]
+            colour = BLUE if step["low"] > 0 or step["high"] < 0 else "#999999"
+            inside = "white" if step["verdict"] == "undecided" else colour
+            axis.hlines(y, step["low"], step["high"], color=colour, lw=2)
+            axis.plot(step["difference"], y, "o", color=colour, mfc=inside, ms=5)
+            axis.plot(step.get("printed", np.nan), y, "x", color=RED, ms=6)
+        axis.set_title(metric)
+        axis.tick_params(axis="x", labelsize=7)
+        axis.locator_params(axis="x", nbins=4)
+    axes[0, 0].set(yticks=range(len(rows)), yticklabels=rows, ylim=(len(rows) - 0.5, -0.5))
     return fig
