@@ -22,6 +22,7 @@ from execution import BUILD, options
 from pdf import browser
 
 RISE = 3  # mean of a map below the stroke, after it against before
+HOLE = ((0.33, 0.49), (0.35, 0.5), (0.37, 0.51))  # on the metal of the first gear
 FLAGS = ("--headless=new", "--no-sandbox", "--remote-debugging-pipe", "--no-first-run", "--disable-gpu")
 KEYS = {" ": 32, "ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40}
 
@@ -165,8 +166,8 @@ def check(page: Chromium, address: str, own: str) -> dict[str, float]:
     for button in range(page.evaluate(f"{LAB}.methods.length")):
         page.evaluate(f"{LAB}.methods[{button}].button.click()")
         page.wait(f"{LAB}.methods[{button}].map")
-    points = [(0.3, 0.7), (0.4, 0.62), (0.55, 0.64), (0.65, 0.7)]
-    page.stroke("#lab .lab-canvas canvas", *points)
+    page.evaluate("document.querySelector('#lab input[value=hole]').click()")
+    page.stroke("#lab .lab-canvas canvas", *HOLE)
     page.wait(QUIET)
     after = page.evaluate(BELOW)
     page.evaluate(f"{LAB}.picture.undo()")  # the stroke's place stays known
@@ -224,7 +225,8 @@ def main(chromium: str, html: Path, pictures: Path | None) -> None:
                 for button in range(page.evaluate(f"{LAB}.methods.length")):
                     page.evaluate(f"{LAB}.methods[{button}].button.click()")
                     page.wait(f"{LAB}.methods[{button}].map")
-                page.stroke("#lab .lab-canvas canvas", (0.3, 0.3), (0.45, 0.5), (0.5, 0.7))
+                page.evaluate("document.querySelector('#lab input[value=hole]').click()")
+                page.stroke("#lab .lab-canvas canvas", *HOLE)
                 page.wait(QUIET)
                 page.picture(pictures / f"{name}-after.png")
     server.shutdown()

@@ -186,6 +186,7 @@ class Method {
             await nextFrame();
             this.ort = ort;
             this.session = await ort.InferenceSession.create(await unpacked(parts.model), {
+                logSeverityLevel: 3, // errors: it warns of constants that it computes later
                 extra: { session: { disable_quant_qdq: "1" } }, // weights become float32 once, not in every run
             });
             this.button.hidden = true;
@@ -219,7 +220,7 @@ class Method {
     }
 
     draw() { // good scores above the axis, defective ones below, so that colour alone says nothing
-        const all = [...this.good, ...this.defective], bins = 24, width = 320, height = 120, middle = 52;
+        const all = [...this.good, ...this.defective], bins = 24, width = 320, height = 114, middle = 52;
         const lowest = Math.min(...all), highest = Math.max(...all), step = (highest - lowest) / bins;
         const x = (value) => 10 + 300 * Math.min(1, Math.max(0, (value - lowest) / (highest - lowest)));
         const counts = (scores) => scores.reduce((found, value) => {
@@ -239,11 +240,11 @@ class Method {
             <path d="M10 ${middle}H310" class="lab-axis"/>
             <path d="M${limit} 6V${height - 22}" class="lab-threshold"/>
             <text x="${limit + (limit > 160 ? -4 : 4)}" y="12" text-anchor="${side(limit)}">threshold</text>
-            <text x="310" y="${middle - 6}" text-anchor="end">${this.good.length} good</text>
-            <text x="310" y="${middle + 16}" text-anchor="end">${this.defective.length} defective</text>
             ${this.map ? `<path d="M${yours} ${middle}l-6 46h12z" class="lab-yours"/>
             <text x="${yours}" y="${height - 8}" text-anchor="${yours > 220 ? "end" : yours < 100 ? "start" : "middle"}">
-            your picture${beyond}</text>` : ""}</svg>`;
+            your picture${beyond}</text>` : ""}</svg><p class="lab-legend"><span class="lab-good">■</span>
+            ${this.good.length} good test pictures, above <span class="lab-defective">■</span>
+            ${this.defective.length} defective ones, below</p>`;
     }
 }
 
