@@ -99,10 +99,9 @@ def files_of_the_lab(parameters: dict) -> Path | None:
         return None
     import lab  # and with it torch
 
-    own = [(ROOT / "book" / name).read_bytes() for name in ("lab.py", "_static/lab.js")]
     runs = BUILD / "work"
     of_this_build = runs.glob(f"*-{digest(repr(sorted(parameters.items())).encode(), *sources())}")
-    key = digest(*own, *sources())
+    key = digest((ROOT / "book" / "lab.py").read_bytes(), *sources())
     return lab.make(sorted(of_this_build), runs / f"lab-{key}", BUILD / f"lab-{key}")
 
 

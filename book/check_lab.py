@@ -23,6 +23,13 @@ from pdf import browser
 
 RISE = 3  # mean of a map below the stroke, after it against before
 HOLE = ((0.33, 0.49), (0.35, 0.5), (0.37, 0.51))  # on the metal of the first gear
+SOLUTIONS = (  # of the page's exercises: brush, size, brightness, stroke, which method calls it defective
+    ("scratch", 3, 30, ((0.3, 0.7), (0.55, 0.64), (0.65, 0.7)), {"anovit": False, "patchknn": True}),
+    ("hole", 10, 220, ((0.06, 0.9), (0.07, 0.9)), {"anovit": True, "patchknn": True}),
+    ("hole", 14, 30, ((0.35, 0.5), (0.36, 0.5)), {"anovit": True}),
+    ("hole", 6, 30, ((0.35, 0.5), (0.355, 0.5)), {"anovit": False}),
+    ("hole", 4, 30, ((0.35, 0.5), (0.355, 0.5)), {"patchknn": True}),
+)
 FLAGS = ("--headless=new", "--no-sandbox", "--remote-debugging-pipe", "--no-first-run", "--disable-gpu")
 KEYS = {" ": 32, "ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40}
 
@@ -175,6 +182,18 @@ def check(page: Chromium, address: str, own: str) -> dict[str, float]:
     before = page.evaluate(BELOW)
     rise = {name: after[name] / before[name] for name in after}
 
+    wrong = []
+    for kind, size, brightness, points, expected in SOLUTIONS:
+        page.evaluate(f"document.querySelector('#lab input[value={kind}]').click()")
+        for place, value in enumerate((size, brightness)):
+            page.evaluate(f"document.querySelectorAll('#lab input[type=range]')[{place}].value = {value}")
+        page.stroke("#lab .lab-canvas canvas", *points)
+        page.wait(QUIET)
+        said = page.evaluate(f"Object.fromEntries({LAB}.methods.map((m) => [m.name, m.score > m.threshold]))")
+        differ = [name for name in expected if said[name] != expected[name]]
+        wrong += [f"{kind} of {size} px: {name} says otherwise than the page" for name in differ]
+        page.evaluate(f"{LAB}.picture.undo()")
+
     page.evaluate("document.querySelector('#lab .lab-canvas canvas').focus()")
     untouched = page.evaluate(f"Array.from({LAB}.picture.pixels).join()")
     for key in ["ArrowRight"] * 3 + ["ArrowUp"]:
@@ -185,7 +204,7 @@ def check(page: Chromium, address: str, own: str) -> dict[str, float]:
     painted = page.evaluate(f"Array.from({LAB}.picture.pixels).join()")
 
     problems = [f"the map of {name} rises only {by:.1f}-fold" for name, by in rise.items() if not by >= RISE]
-    problems += ["keys do not paint"] * (painted == untouched)
+    problems += wrong + ["keys do not paint"] * (painted == untouched)
     problems += [f"asks {a}" for a in page.requests if not a.startswith((own, "data:", "blob:"))]
     problems += [f"console: {text}" for text in page.problems]
     if problems:

@@ -44,23 +44,23 @@ LOST = 0.01  # image AUROC that storing the weights may cost
 METHODS = {  # what is run, unless a chapter has, and what the page says about it
     "l2cae": (
         {},
-        "A convolutional autoencoder",
+        "l2cae: a convolutional autoencoder",
         "It squeezes the picture through 100 numbers and draws it again. What it cannot draw stands out.",
     ),
     "anovit": (
         {},
-        "AnoViT: a Transformer autoencoder",
+        "anovit: a Transformer autoencoder",
         "A Vision Transformer reads the patches, a decoder draws the picture again from its tokens.",
     ),
     "vitmem": (
         {},
-        "The same with a memory",
+        "vitmem: the same with a memory",
         "Each token is replaced by a mixture of tokens of good gears, so that a defect should not pass.",
     ),
     "patchknn": (
         # One block in place of three, the middle one: the network ends there, and its file is a third smaller.
         {"blocks": (6,), "sampling": "coreset", "bank_size": 1000},
-        "Neighbours among tokens",
+        "patchknn: neighbours among tokens",
         "It draws nothing. It compares the DINOv2 token of each patch with 1,000 tokens of good gears.",
     ),
 }

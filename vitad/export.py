@@ -5,8 +5,9 @@
 The file takes images as they are, of any size, and has the threshold with it:
 
     input    image (N,H,W,3) uint8, RGB
-    outputs  score (N,) float32, the higher the more anomalous; map (N,S,S) float32 at the size the method works at;
-             where the method draws images again, reconstruction (N,3,S,S) float32 with values in [0,1]
+    outputs  score (N,) float32, the higher the more anomalous; map (N,S,S) float32 at the size the method works at
+
+A method that draws images again has the output `reconstruction` (N,3,S,S) float32 as well, with values in [0,1].
 
 Its metadata, all text: `format` (2), `vitad`, `method`, `dataset`, `category`, `preset`, `seed`, `classes` (good,
 defective), `threshold` of the score, `region_threshold` of the map, and `false_alarms`, the expected share of good
