@@ -22,7 +22,7 @@ from execution import BUILD, options
 from pdf import browser
 
 RISE = 3  # mean of a map below the stroke, after it against before
-HOLE = ((0.33, 0.49), (0.35, 0.5), (0.37, 0.51))  # on the metal of the first gear
+CUT = ("hole", 14, 0, ((0.33, 0.49), (0.45, 0.6), (0.62, 0.72)))  # black, across the metal of the first gear
 SOLUTIONS = (  # of the page's exercises: brush, size, brightness, stroke, which method calls it defective
     ("scratch", 3, 30, ((0.3, 0.7), (0.55, 0.64), (0.65, 0.7)), {"anovit": False, "patchknn": True}),
     ("hole", 10, 220, ((0.06, 0.9), (0.07, 0.9)), {"anovit": True, "patchknn": True}),
@@ -144,9 +144,9 @@ class Chromium:
 
     def picture(self, file: Path):
         """A screenshot of the whole page."""
-        size = self.ask("Page.getLayoutMetrics")["cssContentSize"]
-        clip = {"x": 0, "y": 0, "width": size["width"], "height": size["height"], "scale": 1}
-        shot = self.ask("Page.captureScreenshot", clip=clip, captureBeyondViewport=True)
+        width, height = self.evaluate("[innerWidth, document.documentElement.scrollHeight]")
+        self.ask("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+        shot = self.ask("Page.captureScreenshot")
         file.write_bytes(base64.b64decode(shot["data"]))
 
 
@@ -166,6 +166,15 @@ BELOW = f"""(() => {{  // mean of each map below the last stroke
 }})()"""
 
 
+def paint(page: Chromium, kind: str, size: int, brightness: int, points: tuple[tuple[float, float], ...]) -> None:
+    """A stroke of the mouse, and wait until every method has looked at it."""
+    page.evaluate(f"document.querySelector('#lab input[value={kind}]').click()")
+    for place, value in enumerate((size, brightness)):
+        page.evaluate(f"document.querySelectorAll('#lab input[type=range]')[{place}].value = {value}")
+    page.stroke("#lab .lab-canvas canvas", *points)
+    page.wait(QUIET)
+
+
 def check(page: Chromium, address: str, own: str) -> dict[str, float]:
     """How much each map rises below a stroke of the mouse. Ends with a message where the page fails."""
     page.open(address)
@@ -173,9 +182,7 @@ def check(page: Chromium, address: str, own: str) -> dict[str, float]:
     for button in range(page.evaluate(f"{LAB}.methods.length")):
         page.evaluate(f"{LAB}.methods[{button}].button.click()")
         page.wait(f"{LAB}.methods[{button}].map")
-    page.evaluate("document.querySelector('#lab input[value=hole]').click()")
-    page.stroke("#lab .lab-canvas canvas", *HOLE)
-    page.wait(QUIET)
+    paint(page, *CUT)
     after = page.evaluate(BELOW)
     page.evaluate(f"{LAB}.picture.undo()")  # the stroke's place stays known
     page.wait(QUIET)
@@ -184,11 +191,7 @@ def check(page: Chromium, address: str, own: str) -> dict[str, float]:
 
     wrong = []
     for kind, size, brightness, points, expected in SOLUTIONS:
-        page.evaluate(f"document.querySelector('#lab input[value={kind}]').click()")
-        for place, value in enumerate((size, brightness)):
-            page.evaluate(f"document.querySelectorAll('#lab input[type=range]')[{place}].value = {value}")
-        page.stroke("#lab .lab-canvas canvas", *points)
-        page.wait(QUIET)
+        paint(page, kind, size, brightness, points)
         said = page.evaluate(f"Object.fromEntries({LAB}.methods.map((m) => [m.name, m.score > m.threshold]))")
         differ = [name for name in expected if said[name] != expected[name]]
         wrong += [f"{kind} of {size} px: {name} says otherwise than the page" for name in differ]
@@ -244,9 +247,7 @@ def main(chromium: str, html: Path, pictures: Path | None) -> None:
                 for button in range(page.evaluate(f"{LAB}.methods.length")):
                     page.evaluate(f"{LAB}.methods[{button}].button.click()")
                     page.wait(f"{LAB}.methods[{button}].map")
-                page.evaluate("document.querySelector('#lab input[value=hole]').click()")
-                page.stroke("#lab .lab-canvas canvas", *HOLE)
-                page.wait(QUIET)
+                paint(page, *CUT)
                 page.picture(pictures / f"{name}-after.png")
     server.shutdown()
 
