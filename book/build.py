@@ -7,6 +7,7 @@ The committed notebooks are read, never written (book/notebooks.py writes them).
     work/NAME-RUN/            where a notebook runs, and so its `out_dir = "runs"`; RUN hashes library and parameters
     executed/NAME-KEY.ipynb   a finished notebook; KEY hashes the notebook as well, and what is unchanged is not rerun
     source/                   the book's source, with the executed notebooks in place of the committed ones
+    lab-KEY/                  what the lab computes with, see book/lab.py
     html/index.html           the pages
 
 REPOSITORY and SITE stand in for those of book/facts.yml: where the source is, and where the pages will be.
@@ -93,8 +94,23 @@ def pages_of(contents: dict) -> list[str]:
     return [contents["root"], *(c["file"] for part in contents["parts"] for c in part["chapters"])]
 
 
-def build_html(executed: dict[Path, Path], about: dict) -> None:
-    """Jupyter Book over a copy of the source; warnings are errors, and every page of the contents must be there."""
+def files_of_the_lab(parameters: dict) -> Path | None:
+    """The folder with what the lab page computes with; None where the page is not in the contents."""
+    if "book/lab" not in pages_of(yaml.safe_load((ROOT / "book" / "_toc.yml").read_text())):
+        return None
+    import lab  # and with it torch
+
+    runs = BUILD / "work"
+    of_this_build = runs.glob(f"*-{digest(repr(sorted(parameters.items())).encode(), *sources())}")
+    key = digest((ROOT / "book" / "lab.py").read_bytes(), *sources())
+    return lab.make(sorted(of_this_build), runs / f"lab-{key}", BUILD / f"lab-{key}")
+
+
+def build_html(executed: dict[Path, Path], about: dict, lab: Path | None = None) -> None:
+    """Jupyter Book over a copy of the source; warnings are errors, and every page of the contents must be there.
+
+    `lab` is the folder that `files_of_the_lab` gives.
+    """
     source, html = BUILD / "source", BUILD / "html"
     for folder in (source, html, BUILD / ".doctrees"):  # a page that is not built again does not warn again
         shutil.rmtree(folder, ignore_errors=True)
@@ -118,6 +134,8 @@ def build_html(executed: dict[Path, Path], about: dict) -> None:
     if missing:
         sys.exit(f"book: {len(missing)} of {len(pages)} pages are missing: {', '.join(missing)}")
     lighten(html)
+    if lab:
+        shutil.copytree(lab, html / "_static" / "lab")
     (html / ".nojekyll").touch()  # or GitHub Pages would leave out folders such as _static
     if about["site"]:
         (html / "robots.txt").write_text(f"User-agent: *\nAllow: /\nSitemap: {about['site']}/sitemap.xml\n")
@@ -139,4 +157,5 @@ if __name__ == "__main__":
     parameters = options("book", sys.argv[1:], TYPES)
     jobs = parameters.pop("jobs", None)
     about = facts(**{name: parameters.pop(name) for name in ("repository", "site") if name in parameters})
-    build_html(run_notebooks(parameters, jobs), about)
+    executed = run_notebooks(parameters, jobs)
+    build_html(executed, about, files_of_the_lab(parameters))

@@ -7,7 +7,9 @@ The file takes images as they are, of any size, and has the threshold with it:
     input    image (N,H,W,3) uint8, RGB
     outputs  score (N,) float32, the higher the more anomalous; map (N,S,S) float32 at the size the method works at
 
-Its metadata, all text: `format` (1), `vitad`, `method`, `dataset`, `category`, `preset`, `seed`, `classes` (good,
+A method that draws images again has the output `reconstruction` (N,3,S,S) float32 as well, with values in [0,1].
+
+Its metadata, all text: `format` (2), `vitad`, `method`, `dataset`, `category`, `preset`, `seed`, `classes` (good,
 defective), `threshold` of the score, `region_threshold` of the map, and `false_alarms`, the expected share of good
 images above either. It computes in float32, whatever the run did.
 """
@@ -29,9 +31,9 @@ from vitad.methods.base import Method
 from vitad.predict import thresholds
 from vitad.runs import load_model, read_record
 
-FORMAT = 1  # goes up by one where a reader of the file would have to change
+FORMAT = 2  # goes up by one where a reader of the file would have to change
 OPSET = 18
-TOLERANCE = 1e-3  # of the range of torch's own map
+TOLERANCE = 1e-3  # of the range of torch's own map, and of a pixel's
 EXAMPLE = """\
 import sys
 
@@ -43,7 +45,7 @@ model = onnxruntime.InferenceSession(sys.argv[1])
 about = model.get_modelmeta().custom_metadata_map
 for path in sys.argv[2:]:
     image = np.asarray(ImageOps.exif_transpose(Image.open(path)).convert("RGB"))
-    score, anomaly_map = model.run(None, {"image": image[None]})
+    score, anomaly_map = model.run(["score", "map"], {"image": image[None]})
     print(about["classes"].split(",")[int(score[0] > float(about["threshold"]))], score[0], path)
 """
 
@@ -55,14 +57,15 @@ class _Whole(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """Images (N,H,W,3) uint8 -> scores (N,), maps (N,S,S)."""
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+        """Images (N,H,W,3) uint8 -> scores (N,), maps (N,S,S), and images (N,3,S,S) where some are drawn again."""
         S = self.model.settings.image_size
         pixels = image.permute(0, 3, 1, 2).float()
         for dimension in (-1, -2):  # rows first, and whole numbers between, as Pillow has it
             pixels = _resized(pixels, S, dimension)
         maps = self.model.anomaly_map(pixels / 255).float()
-        return self.model.image_score(maps), maps
+        redrawn = self.model.redraw(pixels / 255)  # a runtime computes what both need only once
+        return self.model.image_score(maps), maps, *([] if redrawn is None else [redrawn.float().clamp(0, 1)])
 
 
 def _resized(pixels: Tensor, size: int, dimension: int) -> Tensor:
@@ -81,7 +84,7 @@ def _resized(pixels: Tensor, size: int, dimension: int) -> Tensor:
 
 @torch.no_grad()
 def to_onnx(run: str | Path, out: str | Path, false_alarms: float = 0.05, good: Sequence[str | Path] = ()) -> Path:
-    """Write the model of a finished run as an ONNX file, after ONNX Runtime has given torch's maps and scores with it.
+    """Write the model of a finished run as an ONNX file, after ONNX Runtime has given what torch gives with it.
 
     Parameters
     ----------
@@ -121,6 +124,7 @@ def to_onnx(run: str | Path, out: str | Path, false_alarms: float = 0.05, good: 
     whole = _Whole(model)
     images = [_picture(*size) for size in ((2, 90, 120), (1, 300, 77))]
     expected = [whole(image) for image in images]  # before: what is made once and kept is then made of real tensors
+    names = ["score", "map", "reconstruction"][: len(expected[0])]
     dynamic = {0: torch.export.Dim("images"), 1: torch.export.Dim("height"), 2: torch.export.Dim("width")}
     try:
         with warnings.catch_warnings():
@@ -129,7 +133,7 @@ def to_onnx(run: str | Path, out: str | Path, false_alarms: float = 0.05, good: 
                 whole,
                 (images[0],),
                 input_names=["image"],
-                output_names=["score", "map"],
+                output_names=names,
                 dynamic_shapes=(dynamic,),
                 opset_version=OPSET,
                 dynamo=True,
@@ -140,17 +144,20 @@ def to_onnx(run: str | Path, out: str | Path, false_alarms: float = 0.05, good: 
         why = str(e.__cause__ or e).splitlines()[0]
         raise UserError(f"{record['method']} with these settings has no form in ONNX: {why}") from e
     assert program is not None, "that of dynamo"
+    for node in program.model.graph.all_nodes():
+        node.metadata_props.clear()  # the lines of code that it came from, and their folders on this machine
     program.model.metadata_props.update({name: str(value) for name, value in about.items() if value is not None})
     out = Path(out).expanduser()
     with atomic_write(out) as temporary:
         program.save(temporary)
         session = _session(onnxruntime, temporary)
-        for image, (score, maps) in zip(images, expected, strict=True):
-            found = session.run(None, {"image": image.numpy()})
-            for one, other in zip((score, maps), found, strict=True):
-                range_of_maps = float(maps.max() - maps.min())
+        for image, by_torch in zip(images, expected, strict=True):
+            found = session.run(names, {"image": image.numpy()})
+            range_of_maps = float(by_torch[1].max() - by_torch[1].min())
+            for name, one, other in zip(names, by_torch, found, strict=True):
                 difference = float(np.abs(one.numpy() - other).max(initial=0))
-                if not difference <= TOLERANCE * range_of_maps:  # nor where it is not a number
+                allowed = TOLERANCE * (1 if name == "reconstruction" else range_of_maps)
+                if not difference <= allowed:  # nor where it is not a number
                     raise UserError(f"the file would differ from torch by {difference:g}. Nothing is written.")
     return out
 

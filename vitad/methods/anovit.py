@@ -155,6 +155,10 @@ class Model(Method):
         x = (images - self.mean) / self.std
         return x, self.decoder(self.encode(x))
 
+    def redraw(self, images: Tensor) -> Tensor:
+        """The reconstruction, in [0,1]."""
+        return self.reconstruct(images)[1] * self.std + self.mean
+
     def losses(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """The squared error of the reconstruction."""
         x, x_hat = self.reconstruct(batch["image"])

@@ -32,6 +32,10 @@ class Method(nn.Module, ABC):
     def image_score(self, maps: Tensor) -> Tensor:
         """Maps (B,S,S) -> scores (B,)."""
 
+    def redraw(self, images: Tensor) -> Tensor | None:
+        """Images (B,3,S,S) -> the images (B,3,S,S) that the map compares them with; None without such."""
+        return None
+
     def losses(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Named scalars of a batch; training minimises their sum."""
         return {}

@@ -181,6 +181,11 @@ class Model(Method):
         features, w_hat = self.recall(self.encode(x))
         return x, self.decoder(features).float(), w_hat
 
+    def redraw(self, images: Tensor) -> Tensor:
+        """The reconstruction, in [0,1]."""
+        _, x_hat, _ = self.reconstruct(images)
+        return (x_hat + 1) / 2 if self.settings.input_range == "minus1_1" else x_hat
+
     def error_maps(self, images: Tensor) -> dict[str, Tensor]:
         """Images (B,3,S,S) -> the maps `l2, ssim, entropy`, (B,S,S) each, not smoothed, weighted as in the loss.
 

@@ -141,6 +141,10 @@ class Model(Method):
         predicted = self.sspcab(features)
         return self.reconstruction.decode(predicted).float(), F.mse_loss(predicted.float(), features.float())
 
+    def redraw(self, images: Tensor) -> Tensor:
+        """The image without the damage."""
+        return self.repair(images)[0]
+
     def losses(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Of the repaired image: squared error and SSIM. Of the marked damage: focal loss (Lin et al. 2017)."""
         s, x = self.settings, batch["image"]

@@ -193,6 +193,10 @@ class Model(Method):
         features = (seen - self.critic(drawing)[0]).abs().sum(1)
         return (1 - FEATURES) * pixels + FEATURES * features
 
+    def redraw(self, images: Tensor) -> Tensor:
+        """Images (B,3,S,S) in [0,1] -> what the model draws again, (B,3,S,S)."""
+        return self.reconstruct(images)
+
     def anomaly_map(self, images: Tensor) -> Tensor:
         """Images (B,3,S,S) -> maps (B,S,S): absolute difference, mean over channels, smoothed."""
         return gaussian_blur((images - self.reconstruct(images)).abs().mean(1), self.settings.sigma)

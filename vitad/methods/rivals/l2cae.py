@@ -68,6 +68,10 @@ class Model(Method):
         """Images (B,3,S,S) in [0,1] -> images (B,3,S,S) in [0,1]."""
         return self.decoder(self.encoder(images))
 
+    def redraw(self, images: Tensor) -> Tensor:
+        """The reconstruction."""
+        return self.reconstruct(images)
+
     def losses(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """The squared error of the reconstruction."""
         x = batch["image"]

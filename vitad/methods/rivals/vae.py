@@ -83,6 +83,10 @@ class Model(Method):
         """Images (B,3,S,S) in [0,1] -> images (B,3,S,S) in [0,1], of the mean latent vector."""
         return self.decoder(self.encode(images)[0]).float()
 
+    def redraw(self, images: Tensor) -> Tensor:
+        """The reconstruction, or the image that gradient descent has repaired."""
+        return self.reconstruct(images) if self.settings.map == "error" else self.repair(images)
+
     def losses(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Squared error of one sample, and the divergence: with 2 sigma^2 = beta, -ELBO times beta / 3 S^2."""
         x, seed = batch["image"], next_seed()

@@ -157,6 +157,10 @@ class Model(Method):
             "nll": self.mixture.nll(seen, s.mixture == "legacy").sum(1).mean(),
         }
 
+    def redraw(self, images: Tensor) -> Tensor:
+        """Images (B,3,S,S) in [0,1] -> what the model draws again, (B,3,S,S)."""
+        return self.reconstruct(images)
+
     def anomaly_map(self, images: Tensor) -> Tensor:
         """Images (B,3,S,S) -> maps (B,S,S): -log p of each token above the least possible one, upsampled, smoothed."""
         tokens = self.encode(images)
