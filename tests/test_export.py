@@ -14,7 +14,16 @@ from vitad.cli import main
 from vitad.export import to_onnx
 from vitad.methods import METHODS
 
-REDRAWN = ("aessim", "anovit", "draem", "l2cae", "vae", "vitmem")  # methods that compare images with images
+REDRAWN = (
+    "aessim",
+    "anovit",
+    "draem",
+    "fanogan",
+    "l2cae",
+    "vae",
+    "vitmem",
+    "vtadl",
+)  # methods that compare images with images
 
 
 @pytest.fixture(scope="module")

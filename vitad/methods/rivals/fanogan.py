@@ -241,7 +241,7 @@ class Generator(nn.Module):
         self.head = nn.Sequential(nn.BatchNorm2d(widths[0]), nn.ReLU(), nn.Conv2d(widths[0], 3, 3, 1, 1), nn.Tanh())
 
     def forward(self, z: Tensor) -> Tensor:
-        return self.head(self.blocks(self.first(z).view(len(z), -1, 4, 4)))
+        return self.head(self.blocks(self.first(z).unflatten(1, (-1, 4, 4))))
 
 
 class Reader(nn.Module):
