@@ -8,6 +8,7 @@ PICTURES gets screenshots, wide and narrow, light and dark.
 """
 
 import base64
+import fcntl
 import functools
 import http.server
 import json
@@ -41,9 +42,14 @@ class Chromium:
         (theirs, self.to), (self.from_, ours) = os.pipe(), os.pipe()
         self.folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         command = [program, *FLAGS, f"--user-data-dir={self.folder.name}", "about:blank"]
-        shell = ["sh", "-c", f'exec "$0" "$@" 3<&{theirs} 4>&{ours}', *command]
-        self.process = subprocess.Popen(shell, pass_fds=(theirs, ours), stderr=subprocess.DEVNULL)
-        os.close(theirs), os.close(ours)
+        high = [fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 10) for end in (theirs, ours)]
+
+        def connect():  # Chromium reads from 3 and writes to 4
+            os.dup2(high[0], 3), os.dup2(high[1], 4)
+
+        self.process = subprocess.Popen(command, close_fds=False, preexec_fn=connect, stderr=subprocess.DEVNULL)
+        for end in (theirs, ours, *high):
+            os.close(end)
         self.number, self.rest, self.session = 0, b"", None
         self.problems: list[str] = []  # what the console reports
         self.requests: list[str] = []  # addresses
