@@ -8,6 +8,7 @@ PICTURES gets screenshots, wide and narrow, light and dark.
 """
 
 import base64
+import fcntl
 import functools
 import http.server
 import json
@@ -31,13 +32,6 @@ SOLUTIONS = (  # of the page's exercises: brush, size, brightness, stroke, which
     ("hole", 4, 30, ((0.35, 0.5), (0.355, 0.5)), {"patchknn": True}),
 )
 FLAGS = ("--headless=new", "--no-sandbox", "--remote-debugging-pipe", "--no-first-run", "--disable-gpu")
-# Chromium reads commands from 3 and answers on 4. Of `sh`, some know only one digit there.
-WITH_PIPES = """
-import fcntl, os, sys
-theirs, ours = (fcntl.fcntl(int(number), fcntl.F_DUPFD, 10) for number in sys.argv[1:3])  # neither is 3 or 4
-os.dup2(theirs, 3), os.dup2(ours, 4)
-os.execvp(sys.argv[3], sys.argv[3:])
-"""
 KEYS = {" ": 32, "ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40}
 
 
@@ -48,9 +42,14 @@ class Chromium:
         (theirs, self.to), (self.from_, ours) = os.pipe(), os.pipe()
         self.folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         command = [program, *FLAGS, f"--user-data-dir={self.folder.name}", "about:blank"]
-        start = [sys.executable, "-c", WITH_PIPES, str(theirs), str(ours), *command]
-        self.process = subprocess.Popen(start, pass_fds=(theirs, ours), stderr=subprocess.DEVNULL)
-        os.close(theirs), os.close(ours)
+        high = [fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 10) for end in (theirs, ours)]
+
+        def connect():  # Chromium reads from 3 and writes to 4
+            os.dup2(high[0], 3), os.dup2(high[1], 4)
+
+        self.process = subprocess.Popen(command, close_fds=False, preexec_fn=connect, stderr=subprocess.DEVNULL)
+        for end in (theirs, ours, *high):
+            os.close(end)
         self.number, self.rest, self.session = 0, b"", None
         self.problems: list[str] = []  # what the console reports
         self.requests: list[str] = []  # addresses

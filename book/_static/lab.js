@@ -251,13 +251,13 @@ class Method {
 // --- the page ---
 
 function controls(picture, index, images) {
-    const range = (text, attributes) => {
+    const range = (text, unit, attributes) => {
         const input = make("input", { type: "range", ...attributes }), value = make("output", {}, String(input.value));
         input.oninput = () => { value.textContent = input.value; };
-        return [input, make("label", {}, `${text} `, value, input)];
+        return [input, make("label", {}, `${text}: `, value, unit, input)];
     };
-    const [size, sizeLabel] = range("Size, px", { min: 1, max: 64, value: BRUSHES.scratch.size });
-    const [brightness, brightnessLabel] = range("Brightness, 0 is black", { min: 0, max: 255, value: 30 });
+    const [size, sizeLabel] = range("Size", " px", { min: 1, max: 64, value: BRUSHES.scratch.size });
+    const [brightness, brightnessLabel] = range("Brightness", " of 255", { min: 0, max: 255, value: 30 });
     let kind = "scratch";
     const brushes = Object.keys(BRUSHES).map((name) => make("label", {}, make("input", {
         type: "radio", name: "lab-brush", value: name, checked: name === kind,
