@@ -92,3 +92,11 @@ def test_maps_of_several_days_are_kept_together(toy_root, tmp_path, monkeypatch)
         pictures.main(["compare", str(tmp_path / method)])
     assert set(np.load(tmp_path / "compare.npz")) == {"gear/patchknn", "gear/l2cae"}
     assert (tmp_path / "compare.png").exists()
+
+
+def test_pictures_of_what_happens_inside_a_memory(toy_root, tmp_path, monkeypatch):
+    monkeypatch.setattr(pictures, "results_folder", lambda: tmp_path)
+    runs.run("vitmem", data_root=toy_root, preset="smoke", device="cpu", out=tmp_path / "run")
+    pictures.main(["inside", str(tmp_path / "run")])
+    parts = {path.stem for path in (tmp_path / "inside").glob("*.jpg")}
+    assert parts == {f"vitmem-gear-{part}" for part in ("features", "memory", "attention", "errors")}

@@ -277,7 +277,7 @@ def memory_variants() -> HTML:
         d.arrow([(x + 2, y + 19), (607, y + 19)])
         d.box(610, y, 110, 38, "decoder")
     alt = (
-        "Four rows. base: ViT, then decoder. base_ca: ViT, coordinate attention, decoder. base_m: ViT, memory, "
-        "decoder. full: ViT, memory, coordinate attention, decoder."
+        "Four rows. base: ViT, decoder. base_ca: ViT, coordinate attention, decoder. base_m: ViT, memory, decoder. "
+        "full: ViT, memory, coordinate attention, decoder."
     )
     return d.show(alt, "The four rows of the ablation. They differ in nothing but the parts between ViT and decoder.")

@@ -324,6 +324,8 @@ def steps(found: pd.DataFrame) -> Figure:
         axis.axvline(0, color="#555555", lw=1, ls="--")
         for y, row in enumerate(rows):
             step = found.loc[(row, metric)]
+            if np.isnan(step["difference"]):
+                continue
             colour = BLUE if step["low"] > 0 or step["high"] < 0 else "#999999"
             inside = "white" if step["verdict"] == "undecided" else colour
             axis.hlines(y, step["low"], step["high"], color=colour, lw=2)
