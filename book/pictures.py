@@ -1,7 +1,8 @@
-"""Draw the two pictures of real images that the book shows.
+"""Draw the pictures of real images that the book shows.
 
     python book/pictures.py intro              results/intro.png: good and defective products, and the defects close by
     python book/pictures.py compare [RUNS]     results/compare.png: one defect of each data set, as every method maps it
+    python book/pictures.py inside RUN         results/inside/METHOD-DATA.jpg: steps of a method, from a finished run
 
 Images come from `VITAD_DATA`, maps from the finished runs below RUNS (default `runs`): of each method the one with the
 lowest seed, without overrides, of the preset that its page quotes. results/compare.npz keeps the maps that are drawn,
@@ -14,15 +15,16 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+import torch
 from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 
 from vitad import data, methods
 from vitad.files import atomic_write
-from vitad.runs.folder import read_maps
+from vitad.runs.folder import load_model, read_maps
 from vitad.runs.pipeline import MASK_THRESHOLD
-from vitad.runs.record import Record, read_records, results_folder
-from vitad.show import plots
+from vitad.runs.record import Record, read_record, read_records, results_folder
+from vitad.show import lessons, plots
 
 SIZE = 384  # px
 ORDER = ("l2cae", "anovit", "vitmem", "mala", "patchknn", "ssltok")
@@ -142,6 +144,45 @@ def compare(places: dict[str, Place], maps: dict[str, np.ndarray]) -> Figure:
     return fig
 
 
+def inside_anovit(model: torch.nn.Module, images: torch.Tensor, masks: np.ndarray, titles: list[str]) -> Figure:
+    """Tokens, the rebuilt image, its error and the map of a few images."""
+    with torch.no_grad():
+        x, x_hat = model.reconstruct(images)
+        F = model.encode(x)
+        maps = model.anomaly_map(images)
+    tokens = F.flatten(2).transpose(1, 2)
+    colours = plots.principal_components(tokens, F.shape[2:]).transpose(0, 3, 1, 2)
+    error = (x - x_hat).square().mean(1)
+    rows = {
+        "image": images.numpy(),
+        "tokens": colours,
+        "rebuilt": (x_hat * model.std + model.mean).numpy(),
+        "error": error.numpy(),
+        "map": maps.numpy(),
+    }
+    limits = {name: (0.0, plots.heat_range(rows[name])[1]) for name in ("error", "map")}
+    return lessons.rebuilt(rows, titles, masks, limits)
+
+
+INSIDE = {"anovit": inside_anovit}  # (model, images (n,3,H,W), masks (n,H,W), titles) -> Figure
+
+
+def inside(folder: Path) -> tuple[Figure, str]:
+    """Steps of a method on test images of a finished run: of each kind the middle one by score."""
+    record, found = read_record(folder), read_maps(folder)
+    dataset, category = record["dataset"], record["category"]
+    size = record["protocol"]["image_size"]
+    test = data.load(dataset, None, category, record["split"], image_size=tuple(size)).test
+    few = plots.examples(found["labels"], found["defects"], order=found["scores"])
+    batch = test.batch(few)
+    titles = [kind.replace("_", " ").lower() for kind in found["defects"][few]]
+    lessons.style()
+    fig = INSIDE[record["method"]](load_model(folder, "cpu"), batch["image"], batch["mask"][:, 0].numpy(), titles)
+    source = TILES.format("s") if dataset == "mt" else MVTEC.format("Photographs")
+    fig.supxlabel(source, fontsize=6)
+    return fig, f"{record['method']}-{category or dataset}.jpg"
+
+
 def main(arguments: list[str]) -> None:
     what, *runs = arguments or ["nothing"]
     if what == "intro":
@@ -154,6 +195,13 @@ def main(arguments: list[str]) -> None:
         with atomic_write(kept) as temporary, open(temporary, "wb") as file:
             np.savez_compressed(file, **maps)  # type: ignore[arg-type]
         fig = compare(COMPARE, maps)
+    elif what == "inside" and runs:
+        fig, name = inside(Path(runs[0]))
+        out = results_folder() / "inside" / name
+        out.parent.mkdir(exist_ok=True)
+        fig.savefig(out, dpi=200, pil_kwargs={"quality": 80, "optimize": True})
+        print(out, out.stat().st_size)
+        return
     else:
         sys.exit(__doc__)
     out = results_folder() / f"{what}.png"

@@ -15,7 +15,7 @@ from vitad.papers import printed
 from vitad.show import drawings, field, lessons, live
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("problem", "transformer", "reconstruction", "metrics")
+PAGES = ("problem", "transformer", "reconstruction", "metrics", "anovit")
 TERM = re.compile(r"\{term\}`(?:[^`<]*<)?([^`<>]+)>?`")
 
 
@@ -78,6 +78,7 @@ DRAWINGS = {
     "block": drawings.block,
     "autoencoder": lambda: drawings.autoencoder(12288, 16),
     "families": lambda: field.families(literature.SYSTEMS),
+    "anovit": lambda: drawings.anovit(384, 16, 768, 12, (24, 26, 28, 30, 59, 117, 233)),
     "timeline": lambda: field.timeline(literature.SYSTEMS),
 }
 
@@ -155,6 +156,10 @@ def test_figures_of_the_lessons_draw_what_they_are_given():
     assert len(lessons.over_image(images, heat, None, ["a", "b"], "score", (0.0, 1.0)).axes) == 5
     rows = lessons.rebuilt({"image": images, "error": heat}, ["a", "b"], np.stack([mask, mask]))
     assert len(rows.axes) == 5
+    own = lessons.rebuilt(
+        {"image": images, "a": heat, "b": heat[:, ::2, ::2]}, ["a", "b"], limits={"a": (0, 1), "b": (0, 2)}
+    )
+    assert len(own.axes) == 6 + 2
     lines = lessons.against([1, 4], {"up": [0.1, 0.2], "down": [0.2, 0.1]}, "x", "y", log=True).axes[0].lines
     assert [line.get_ydata()[0] for line in lines] == [0.1, 0.2]
     assert len(lessons.filters(rng.normal(size=(24, 3, 4, 4))).axes) == 24
