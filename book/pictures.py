@@ -2,7 +2,7 @@
 
     python book/pictures.py intro              results/intro.png: good and defective products, and the defects close by
     python book/pictures.py compare [RUNS]     results/compare.png: one defect of each data set, as every method maps it
-    python book/pictures.py inside RUN         results/inside/METHOD-DATA.jpg: steps of a method, from a finished run
+    python book/pictures.py inside RUN         results/inside/METHOD-DATA-PART.jpg: what happens inside a trained method
 
 Images come from `VITAD_DATA`, maps from the finished runs below RUNS (default `runs`): of each method the one with the
 lowest seed, without overrides, of the preset that its page quotes. results/compare.npz keeps the maps that are drawn,
@@ -144,43 +144,46 @@ def compare(places: dict[str, Place], maps: dict[str, np.ndarray]) -> Figure:
     return fig
 
 
-def inside_anovit(model: torch.nn.Module, images: torch.Tensor, masks: np.ndarray, titles: list[str]) -> Figure:
-    """Tokens, the rebuilt image, its error and the map of a few images."""
-    with torch.no_grad():
-        x, x_hat = model.reconstruct(images)
-        F = model.encode(x)
-        maps = model.anomaly_map(images)
-    tokens = F.flatten(2).transpose(1, 2)
-    colours = plots.principal_components(tokens, F.shape[2:]).transpose(0, 3, 1, 2)
-    error = (x - x_hat).square().mean(1)
+# --- inside a method: one function each, {part: figure} of a finished run ------------------------------------------
+
+
+@torch.no_grad()
+def inside_anovit(record: Record) -> dict[str, Figure]:
+    """Tokens, rebuilt image, error and map; of each kind of image the middle one by score."""
+    model, found = load_model(record["folder"], "cpu"), read_maps(record["folder"])
+    few = plots.examples(found["labels"], found["defects"], order=found["scores"])[:6]
+    size = model.settings.image_size
+    test = data.load(record["dataset"], None, record["category"], record["split"], image_size=size).test
+    batch = test.batch(few)["image"]
+    x, x_hat = model.reconstruct(batch)
+    features = model.encode(x)
+    tokens = features.flatten(2).transpose(1, 2)
     rows = {
-        "image": images.numpy(),
-        "tokens": colours,
+        "image": batch.numpy(),
+        "tokens": plots.principal_components(tokens, features.shape[2:]).transpose(0, 3, 1, 2),
         "rebuilt": (x_hat * model.std + model.mean).numpy(),
-        "error": error.numpy(),
-        "map": maps.numpy(),
+        "error": (x - x_hat).square().mean(1).numpy(),
+        "map": found["maps"][few],
     }
-    limits = {name: (0.0, plots.heat_range(rows[name])[1]) for name in ("error", "map")}
-    return lessons.rebuilt(rows, titles, masks, limits)
-
-
-INSIDE = {"anovit": inside_anovit}  # (model, images (n,3,H,W), masks (n,H,W), titles) -> Figure
-
-
-def inside(folder: Path) -> tuple[Figure, str]:
-    """Steps of a method on test images of a finished run: of each kind the middle one by score."""
-    record, found = read_record(folder), read_maps(folder)
-    dataset, category = record["dataset"], record["category"]
-    size = record["protocol"]["image_size"]
-    test = data.load(dataset, None, category, record["split"], image_size=tuple(size)).test
-    few = plots.examples(found["labels"], found["defects"], order=found["scores"])
-    batch = test.batch(few)
+    limits = {name: (0.0, float(np.quantile(rows[name], 0.998))) for name in ("error", "map")}
     titles = [kind.replace("_", " ").lower() for kind in found["defects"][few]]
+    return {"steps": lessons.rebuilt(rows, titles, found["masks"][few], limits)}
+
+
+INSIDE = {"anovit": inside_anovit}
+
+
+def inside(record: Record) -> None:
+    name = f"{record['method']}-{record['category'] or record['dataset']}"
     lessons.style()
-    fig = INSIDE[record["method"]](load_model(folder, "cpu"), batch["image"], batch["mask"][:, 0].numpy(), titles)
-    source = TILES.format("s") if dataset == "mt" else MVTEC.format("Photographs")
-    fig.supxlabel(source, fontsize=6)
-    return fig, f"{record['method']}-{category or dataset}.jpg"
+    for part, fig in INSIDE[record["method"]](record).items():
+        source = {"mvtec": MVTEC.format("Photographs"), "mt": TILES.format("s")}.get(record["dataset"], "")
+        fig.supxlabel(source, fontsize=6)
+        out = results_folder() / "inside" / f"{name}-{part}.jpg"
+        out.parent.mkdir(exist_ok=True)
+        fig.savefig(out, dpi=200, pil_kwargs={"quality": 80, "optimize": True})
+        plt.close(fig)
+        print(out)
 
 
 def main(arguments: list[str]) -> None:
@@ -195,13 +198,8 @@ def main(arguments: list[str]) -> None:
         with atomic_write(kept) as temporary, open(temporary, "wb") as file:
             np.savez_compressed(file, **maps)  # type: ignore[arg-type]
         fig = compare(COMPARE, maps)
-    elif what == "inside" and runs:
-        fig, name = inside(Path(runs[0]))
-        out = results_folder() / "inside" / name
-        out.parent.mkdir(exist_ok=True)
-        fig.savefig(out, dpi=200, pil_kwargs={"quality": 80, "optimize": True})
-        print(out, out.stat().st_size)
-        return
+    elif what == "inside":
+        return inside(read_record(runs[0]) | {"folder": Path(runs[0])})
     else:
         sys.exit(__doc__)
     out = results_folder() / f"{what}.png"
