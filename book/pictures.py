@@ -151,7 +151,7 @@ def compare(places: dict[str, Place], maps: dict[str, np.ndarray]) -> Figure:
 def inside_anovit(record: Record) -> dict[str, Figure]:
     """Tokens, rebuilt image, error and map; of each kind of image the middle one by score."""
     model, found = load_model(record["folder"], "cpu"), read_maps(record["folder"])
-    few = plots.examples(found["labels"], found["defects"], order=found["scores"])[:6]
+    few = plots.examples(found["labels"], found["defects"], good=2, order=found["scores"])[-6:]
     size = model.settings.image_size
     test = data.load(record["dataset"], None, record["category"], record["split"], image_size=size).test
     batch = test.batch(few)["image"]
@@ -181,7 +181,7 @@ def inside(record: Record) -> None:
         fig.supxlabel(source, fontsize=6)
         out = results_folder() / "inside" / f"{name}-{part}.jpg"
         out.parent.mkdir(exist_ok=True)
-        fig.savefig(out, dpi=200, pil_kwargs={"quality": 80, "optimize": True})
+        fig.savefig(out, dpi=170, pil_kwargs={"quality": 72, "optimize": True})
         plt.close(fig)
         print(out)
 
