@@ -202,7 +202,30 @@ def answers_of(model, images, batch, masks, w_hat) -> Figure:
     return lessons.answers(np.stack(asked), patch[chosen].numpy(), heaviest.numpy(), list(queries))
 
 
-INSIDE = {"vitmem": inside_vitmem}
+@torch.no_grad()
+def inside_anovit(record: Record) -> dict[str, Figure]:
+    """Tokens, rebuilt image, error and map; of each kind of image the middle one by score."""
+    model, found = load_model(record["folder"], "cpu"), read_maps(record["folder"])
+    few = plots.examples(found["labels"], found["defects"], good=2, order=found["scores"])[-6:]
+    size = model.settings.image_size
+    test = data.load(record["dataset"], None, record["category"], record["split"], image_size=size).test
+    batch = test.batch(few)["image"]
+    x, x_hat = model.reconstruct(batch)
+    features = model.encode(x)
+    tokens = features.flatten(2).transpose(1, 2)
+    rows = {
+        "image": batch.numpy(),
+        "tokens": plots.principal_components(tokens, features.shape[2:]).transpose(0, 3, 1, 2),
+        "rebuilt": (x_hat * model.std + model.mean).numpy(),
+        "error": (x - x_hat).square().mean(1).numpy(),
+        "map": found["maps"][few],
+    }
+    limits = {name: (0.0, float(np.quantile(rows[name], 0.998))) for name in ("error", "map")}
+    titles = [kind.replace("_", " ").lower() for kind in found["defects"][few]]
+    return {"steps": lessons.rebuilt(rows, titles, found["masks"][few], limits)}
+
+
+INSIDE = {"anovit": inside_anovit, "vitmem": inside_vitmem}
 
 
 def inside(record: Record) -> None:
@@ -213,7 +236,7 @@ def inside(record: Record) -> None:
         fig.supxlabel(source, fontsize=6)
         out = results_folder() / "inside" / f"{name}-{part}.jpg"
         out.parent.mkdir(exist_ok=True)
-        fig.savefig(out, dpi=150, pil_kwargs={"quality": 80, "optimize": True})
+        fig.savefig(out, dpi=170, pil_kwargs={"quality": 72, "optimize": True})
         plt.close(fig)
         print(out)
 

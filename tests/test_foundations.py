@@ -16,7 +16,7 @@ from vitad.papers import printed
 from vitad.show import drawings, field, lessons, live
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("problem", "transformer", "reconstruction", "metrics", "families", "vitmem")
+PAGES = ("problem", "transformer", "reconstruction", "metrics", "families", "vitmem", "anovit")
 TERM = re.compile(r"\{term\}`(?:[^`<]*<)?([^`<>]+)>?`")
 
 
@@ -86,6 +86,7 @@ DRAWINGS = {
     "memory_variants": drawings.memory_variants,
     "memory_autoencoder": lambda: drawings.memory_autoencoder(384, 16, 768, 12, 100),
     "families": lambda: field.families(literature.SYSTEMS),
+    "anovit": lambda: drawings.anovit(384, 16, 768, 12, (24, 26, 28, 30, 59, 117, 233)),
     "timeline": lambda: field.timeline(literature.SYSTEMS),
 }
 
@@ -163,6 +164,10 @@ def test_figures_of_the_lessons_draw_what_they_are_given():
     assert len(lessons.over_image(images, heat, None, ["a", "b"], "score", (0.0, 1.0)).axes) == 5
     rows = lessons.rebuilt({"image": images, "error": heat}, ["a", "b"], np.stack([mask, mask]))
     assert len(rows.axes) == 5
+    own = lessons.rebuilt(
+        {"image": images, "a": heat, "b": heat[:, ::2, ::2]}, ["a", "b"], limits={"a": (0, 1), "b": (0, 2)}
+    )
+    assert len(own.axes) == 6 + 2
     lines = lessons.against([1, 4], {"up": [0.1, 0.2], "down": [0.2, 0.1]}, "x", "y", log=True).axes[0].lines
     assert [line.get_ydata()[0] for line in lines] == [0.1, 0.2]
     assert len(lessons.filters(rng.normal(size=(24, 3, 4, 4))).axes) == 24

@@ -281,3 +281,51 @@ def memory_variants() -> HTML:
         "full: ViT, memory, coordinate attention, decoder."
     )
     return d.show(alt, "The four rows of the ablation. They differ in nothing but the parts between ViT and decoder.")
+
+
+def anovit(size: int, patch: int, width: int, depth: int, sides: Sequence[int]) -> HTML:
+    """The way of an image through AnoViT; `sides` are those of the feature map before and after each decoder layer."""
+    g = size // patch
+    N = g * g
+    d = Drawing(760, 336)
+    d.text(68, 30, "image x")
+    d.cells(20, 42, 4, 4, 24, coloured=[9])
+    d.text(68, 158, f"3 × {size} × {size}", 13)
+    d.arrow([(120, 90), (146, 90)])
+    d.box(150, 48, 138, 84, f"Vision\nTransformer,\n{depth} blocks", colour=RED)
+    d.arrow([(290, 90), (318, 90)])
+    d.text(340, 30, "tokens")
+    d.cells(324, 42, 2, 1, 15)
+    d.cells(324, 59, 2, 5, 15, coloured=range(10))
+    d.text(342, 158, f"{N + 1} × {width}", 13)
+    d.arrow([(358, 50), (386, 50)], dashed=True)
+    d.text(392, 54, "class token: left out", 12, "start")
+    d.arrow([(358, 100), (404, 100)])
+    d.cells(412, 62, 4, 4, 19, coloured=range(16))
+    d.text(450, 158, f"{width} × {g} × {g}", 13)
+    d.text(450, 174, "feature map F", 13)
+    d.arrow([(492, 100), (520, 100)])
+    d.shape("M524 76L716 44V152L524 120Z", BLUE)
+    d.text(624, 94, "decoder,")
+    d.text(624, 113, f"{len(sides) - 1} layers")
+    d.text(632, 30, f"side {sides[0]} → {sides[-1]}, then {size}", 13)
+    d.arrow([(654, 150), (654, 206)])
+    d.text(654, 224, "rebuilt x̂")
+    d.cells(606, 232, 4, 4, 24)
+    d.arrow([(602, 280), (556, 280)])
+    d.arrow([(20, 164), (20, 208), (480, 208), (480, 246)])
+    d.text(250, 200, "the image itself", 13)
+    d.box(404, 250, 150, 60, "squared\ndifference", colour=GREEN)
+    d.arrow([(402, 280), (366, 280)])
+    d.box(222, 250, 142, 60, "blur", f"anomaly map, {size} × {size}", colour=GREEN)
+    d.arrow([(220, 280), (184, 280)])
+    d.box(30, 250, 152, 60, "blur again,\nmaximum", "image score", colour=GREEN)
+    alt = (
+        f"An image of {size} by {size} pixels passes through {depth} blocks of a Vision Transformer and becomes "
+        f"{N + 1} tokens of {width} numbers. The class token is left out, the others go back on a grid of {g} by {g}. "
+        f"A decoder of {len(sides) - 1} layers rebuilds the image. The squared difference to the input is blurred: the "
+        "anomaly map. Blurred again, its maximum is the image score."
+    )
+    return d.show(
+        alt, "AnoViT. All patch tokens reach the decoder, each at the place of its patch. The error is the map."
+    )

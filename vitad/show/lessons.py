@@ -200,10 +200,13 @@ def rebuilt(
     rows: Mapping[str, np.ndarray],
     titles: Sequence[str],
     masks: np.ndarray | None = None,
-    limits: Limits = (0.0, 0.05),
+    limits: Limits | Mapping[str, Limits] = (0.0, 0.05),
     bar: str = "squared error",
 ) -> Figure:
-    """Rows of pictures (n,3,H,W) and of maps (n,H,W), one column an image; all maps share one colour scale."""
+    """Rows of pictures (n,3,H,W) and of maps (n,h,w), one column an image.
+
+    All maps share one colour scale, or each row has its own: `limits` is then {row: (low, high)}.
+    """
     n = len(titles)
     side = (WIDTH - 0.8) / n
     fig, axes = plt.subplots(len(rows), n, figsize=(WIDTH, len(rows) * side + 0.3), layout="constrained", squeeze=False)
@@ -211,13 +214,19 @@ def rebuilt(
     for i, (name, values) in enumerate(rows.items()):
         for j in range(n):
             axis, mask = axes[i, j], None if masks is None else masks[j]
+            H, W = values.shape[-2:] if mask is None else mask.shape
             if values.ndim == 4:
                 show(axis, values[j].clip(0, 1), mask if i == 0 else None)
             else:
-                drawn = axis.imshow(values[j], HEAT, vmin=limits[0], vmax=limits[1])
+                low, high = limits[name] if isinstance(limits, Mapping) else limits
+                extent = (-0.5, W - 0.5, H - 0.5, -0.5)  # a map may be smaller than its image
+                drawn = axis.imshow(values[j], HEAT, vmin=low, vmax=high, extent=extent)
                 outline(axis, mask, "white", 0.7)
             blank(axis)
         axes[i, 0].set_ylabel(name)
+        if drawn is not None and isinstance(limits, Mapping):
+            fig.colorbar(drawn, ax=axes[i], shrink=0.9, aspect=12, extend="max")
+            drawn = None
     for axis, title in zip(axes[0], titles, strict=True):
         axis.set_title(title)
     if drawn is not None:
