@@ -15,7 +15,15 @@ from vitad.papers import printed
 from vitad.show import drawings, field, lessons, live
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("quickstart", "your-own-data", "problem", "transformer", "reconstruction", "metrics")
+PAGES = (
+    "quickstart",
+    "your-own-data",
+    "problem",
+    "transformer",
+    "reconstruction",
+    "metrics",
+    "comparison",
+)
 TERM = re.compile(r"\{term\}`(?:[^`<]*<)?([^`<>]+)>?`")
 
 
