@@ -23,6 +23,7 @@ PAGES = (
     "reconstruction",
     "metrics",
     "comparison",
+    "papers-check",
 )
 TERM = re.compile(r"\{term\}`(?:[^`<]*<)?([^`<>]+)>?`")
 
