@@ -16,7 +16,19 @@ from vitad.papers import printed
 from vitad.show import drawings, field, lessons, live
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("problem", "transformer", "reconstruction", "metrics", "families", "vitmem", "anovit")
+PAGES = (
+    "quickstart",
+    "your-own-data",
+    "problem",
+    "transformer",
+    "reconstruction",
+    "metrics",
+    "anovit",
+    "vitmem",
+    "families",
+    "comparison",
+    "papers-check",
+)
 TERM = re.compile(r"\{term\}`(?:[^`<]*<)?([^`<>]+)>?`")
 
 
