@@ -77,6 +77,7 @@ DRAWINGS = {
     "vision_transformer": lambda: drawings.vision_transformer(224, 14, 384, 12),
     "block": drawings.block,
     "autoencoder": lambda: drawings.autoencoder(12288, 16),
+    "mala": lambda: drawings.mala(112, 14, 384, 6, 192, 16),
     "families": lambda: field.families(literature.SYSTEMS),
     "timeline": lambda: field.timeline(literature.SYSTEMS),
 }
@@ -157,6 +158,8 @@ def test_figures_of_the_lessons_draw_what_they_are_given():
     assert len(rows.axes) == 5
     lines = lessons.against([1, 4], {"up": [0.1, 0.2], "down": [0.2, 0.1]}, "x", "y", log=True).axes[0].lines
     assert [line.get_ydata()[0] for line in lines] == [0.1, 0.2]
+    parts = lessons.parts_of_a_sum(images, np.stack([mask, mask]), {"one": heat, "sum": heat}, ["a", "b"], "logit")
+    assert [axis.get_title() for axis in parts.axes[:3]] == ["image", "one", "sum"] and len(parts.axes) == 7
     assert len(lessons.filters(rng.normal(size=(24, 3, 4, 4))).axes) == 24
     assert len(lessons.reach(rng.random((3, 2)), 0.5).axes[0].lines) == 4
     assert len(field.dot_table({"a": ["x"], "b": ["x", "y"]}, ["x", "y"]).axes[0].lines) == 2

@@ -238,3 +238,29 @@ def against(
     axis.set(xlabel=xlabel, ylabel=ylabel, ylim=(0, None))
     axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return fig
+
+
+def parts_of_a_sum(
+    images: np.ndarray, masks: np.ndarray, parts: Mapping[str, np.ndarray], titles: Sequence[str], bar: str
+) -> Figure:
+    """Images (n,3,H,W), one a row, beside the parts (n,H,W) of a sum: blue lowers it, red raises it, on one scale.
+
+    Each picture of a part counts from its own median.
+    """
+    n, columns = len(images), 1 + len(parts)
+    side = (WIDTH - 0.7) / columns
+    fig, axes = plt.subplots(n, columns, figsize=(WIDTH, n * side + 0.3), layout="constrained", squeeze=False)
+    centred = {name: v - np.median(v, axis=(1, 2), keepdims=True) for name, v in parts.items()}
+    limit = float(np.percentile(np.abs(np.stack(list(centred.values()))), 99.5))
+    for j, title in enumerate(titles):
+        show(axes[j, 0], images[j], masks[j])
+        axes[j, 0].set_ylabel(title)
+        for axis, (name, values) in zip(axes[j, 1:], centred.items(), strict=True):
+            drawn = axis.imshow(values[j], "RdBu_r", vmin=-limit, vmax=limit)
+            outline(axis, masks[j], "black", 0.6)
+            axis.set_title(name if j == 0 else "")
+    for axis in axes.flat:
+        blank(axis)
+    axes[0, 0].set_title("image")
+    fig.colorbar(drawn, ax=axes, label=bar, shrink=0.6, aspect=30, extend="both")
+    return fig
