@@ -160,6 +160,9 @@ def test_figures_of_the_lessons_draw_what_they_are_given():
     assert [line.get_ydata()[0] for line in lines] == [0.1, 0.2]
     parts = lessons.parts_of_a_sum(images, np.stack([mask, mask]), {"one": heat, "sum": heat}, ["a", "b"], "logit")
     assert [axis.get_title() for axis in parts.axes[:3]] == ["image", "one", "sum"] and len(parts.axes) == 7
+    assert len(lessons.histograms({"a": [0.1, 0.2], "b": [0.9]}, "x", (0, 1)).axes[0].patches) == 60
+    found = {metric: {"a": (0.1, 0.0, 0.2), "b": (0.0, -0.1, 0.1)} for metric in "wxyz"}
+    assert [len(axis.collections) for axis in lessons.differences(found, "difference").axes] == [2, 2, 2, 2]
     assert len(lessons.filters(rng.normal(size=(24, 3, 4, 4))).axes) == 24
     assert len(lessons.reach(rng.random((3, 2)), 0.5).axes[0].lines) == 4
     assert len(field.dot_table({"a": ["x"], "b": ["x", "y"]}, ["x", "y"]).axes[0].lines) == 2

@@ -264,3 +264,29 @@ def parts_of_a_sum(
     axes[0, 0].set_title("image")
     fig.colorbar(drawn, ax=axes, label=bar, shrink=0.6, aspect=30, extend="both")
     return fig
+
+
+def histograms(values: Mapping[str, Sequence[float]], xlabel: str, limits: Limits, ylabel: str = "images") -> Figure:
+    """Two sets of values as histograms over each other."""
+    fig, axis = plt.subplots(figsize=(WIDTH, 2.4), layout="constrained")
+    for (name, numbers), colour in zip(values.items(), (BLUE, RED), strict=True):
+        axis.hist(numbers, np.linspace(*limits, 31), label=name, color=colour, alpha=0.75)
+    axis.set(xlabel=xlabel, ylabel=ylabel)
+    axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    return fig
+
+
+def differences(found: Mapping[str, Mapping[str, tuple[float, float, float]]], xlabel: str) -> Figure:
+    """{metric: {row: (difference, low, high)}}, four metrics: dots with their intervals, a line at zero."""
+    rows = list(next(iter(found.values())))[::-1]
+    fig, axes = plt.subplots(2, 2, figsize=(WIDTH, 1.1 + 0.56 * len(rows)), layout="constrained", sharey=True)
+    for axis, (metric, panel) in zip(axes.flat, found.items(), strict=True):
+        axis.axvline(0, color="#888888", lw=0.8)
+        for y, row in enumerate(rows):
+            value, low, high = panel[row]
+            axis.hlines(y, low, high, color=BLUE, lw=1.6)
+            axis.plot(value, y, "o", color=BLUE, ms=5)
+        axis.set_title(metric)
+        axis.set(yticks=range(len(rows)), yticklabels=rows, ylim=(-0.6, len(rows) - 0.4))
+    fig.supxlabel(xlabel, fontsize=9)
+    return fig
