@@ -173,13 +173,10 @@ def good_ones(size: int = 224) -> tuple[Tensor, Tensor]:
     return torch.cat(images), found
 
 
-def inside_mala(record: Record) -> None:
+def inside_mala(record: Record, folder: Path) -> None:
     """Stage 1 at four shares of hidden patches, and the parts of TBM's sum."""
-    folder = record["folder"]
-    test, result = (
-        runs.Request("mala", record["dataset"], record["category"]).override(image_size=224).load().test,
-        runs.read_maps(folder),
-    )
+    request = runs.Request("mala", record["dataset"], record["category"], preset=record["preset"])
+    test, result = request.load().test, runs.read_maps(folder)
     lessons.style()
 
     model = runs.load_model(folder, "cpu", "stage1")
@@ -205,7 +202,7 @@ def inside_mala(record: Record) -> None:
         axes[0, j].set_title(f"{ratio:.0%} hidden")
     for axis, name in zip(axes[:, 0], ("seen", "rebuilt", "seen", "rebuilt"), strict=True):
         axis.set_ylabel(name)
-    keep(fig, "mala-masking")
+    keep(fig, "mala-masking", 70)
 
     model = runs.load_model(folder, "cpu")
     few = []  # of each kind the defect in the middle of the ranking
@@ -228,7 +225,7 @@ def inside_mala(record: Record) -> None:
         both = mala.unpatchify(share, model.grid, 2)
         logits[name] = (both[:, 0] - both[:, 1]).numpy()
     titles = [test.defects[i].replace("_", " ") for i in few]
-    keep(lessons.parts_of_a_sum(images.numpy(), result["masks"][few], logits, titles, "logit"), "mala-tbm")
+    keep(lessons.parts_of_a_sum(images.numpy(), result["masks"][few], logits, titles, "logit"), "mala-tbm", 55)
 
     good = np.flatnonzero(test.labels == 0)
     few = [int(good[np.argsort(result["scores"][good])[len(good) // 2]]), *few]
@@ -321,8 +318,8 @@ def main(arguments: list[str]) -> None:
             np.savez_compressed(file, **maps)  # type: ignore[arg-type]
         fig = compare(COMPARE, maps)
     elif what == "inside" and runs_given:
-        record = read_record(Path(runs_given[0]))
-        return INSIDE[record["method"]](record)
+        record = read_record(runs_given[0])
+        return INSIDE[record["method"]](record, Path(runs_given[0]))
     elif what == "damage":
         return damage()
     else:

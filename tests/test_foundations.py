@@ -15,7 +15,7 @@ from vitad.papers import printed
 from vitad.show import drawings, field, lessons, live
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("problem", "transformer", "reconstruction", "metrics")
+PAGES = ("problem", "transformer", "reconstruction", "metrics", "synthesis", "mala", "mala-ablation")
 TERM = re.compile(r"\{term\}`(?:[^`<]*<)?([^`<>]+)>?`")
 
 
@@ -78,6 +78,7 @@ DRAWINGS = {
     "block": drawings.block,
     "autoencoder": lambda: drawings.autoencoder(12288, 16),
     "mala": lambda: drawings.mala(112, 14, 384, 6, 192, 16),
+    "painted_damage": drawings.painted_damage,
     "families": lambda: field.families(literature.SYSTEMS),
     "timeline": lambda: field.timeline(literature.SYSTEMS),
 }
@@ -163,6 +164,7 @@ def test_figures_of_the_lessons_draw_what_they_are_given():
     assert len(lessons.histograms({"a": [0.1, 0.2], "b": [0.9]}, "x", (0, 1)).axes[0].patches) == 60
     found = {metric: {"a": (0.1, 0.0, 0.2), "b": (0.0, -0.1, 0.1)} for metric in "wxyz"}
     assert [len(axis.collections) for axis in lessons.differences(found, "difference").axes] == [2, 2, 2, 2]
+    assert len(lessons.arrows(rng.random((28, 28)), rng.random((5, 5))).axes) == 2
     assert len(lessons.filters(rng.normal(size=(24, 3, 4, 4))).axes) == 24
     assert len(lessons.reach(rng.random((3, 2)), 0.5).axes[0].lines) == 4
     assert len(field.dot_table({"a": ["x"], "b": ["x", "y"]}, ["x", "y"]).axes[0].lines) == 2

@@ -255,3 +255,34 @@ def mala(size: int, patch: int, width: int, depth: int, decoder_width: int, visi
         "MALA. Stage 1 learns what normal images look like. Stage 2 keeps the encoder and learns to paint the damage. "
         "Only the lower row is used on new images.",
     )
+
+
+def painted_damage() -> HTML:
+    """How a mask of noise and a texture become damage on a good image."""
+    d = Drawing(760, 250)
+    top, below = 20, 150
+    d.box(10, top, 104, 56, "Perlin noise", colour=BLUE)
+    d.arrow([(114, top + 28), (140, top + 28)])
+    d.box(144, top, 104, 56, "threshold", colour=AMBER)
+    d.arrow([(248, top + 28), (274, top + 28)])
+    d.box(278, top, 82, 56, "turn", colour=AMBER)
+    d.arrow([(360, top + 28), (386, top + 28)])
+    d.box(390, top, 118, 56, "keep to\nthe object", colour=AMBER)
+    d.arrow([(508, top + 28), (620, top + 28), (620, 92)])
+    d.text(566, top + 20, "mask M", 14)
+    d.box(10, below, 104, 56, "texture", colour=BLUE)
+    d.arrow([(114, below + 28), (140, below + 28)])
+    d.box(144, below, 104, 56, "recolour", colour=AMBER)
+    d.arrow([(248, below + 28), (440, below + 28), (440, 124), (546, 124)])
+    d.text(300, below + 20, "T", 14)
+    d.box(300, below + 42, 104, 48, "good image", colour=BLUE, size=14)
+    d.arrow([(404, below + 66), (570, below + 66), (570, 156)])
+    d.text(486, below + 60, "I", 14)
+    d.box(550, 96, 90, 56, "blend", colour=RED)
+    d.arrow([(640, 124), (664, 124)])
+    d.box(668, 96, 86, 56, "damaged\nimage", colour=GREEN, size=14)
+    alt = (
+        "Perlin noise passes a threshold, is turned and kept to the object: the mask. A texture is recoloured. Mask, "
+        "texture and good image are blended into the damaged image."
+    )
+    return d.show(alt, "The recipe. Noise decides where, a texture decides what, and the mask is known exactly.")

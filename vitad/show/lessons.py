@@ -290,3 +290,23 @@ def differences(found: Mapping[str, Mapping[str, tuple[float, float, float]]], x
         axis.set(yticks=range(len(rows)), yticklabels=rows, ylim=(-0.6, len(rows) - 0.4))
     fig.supxlabel(xlabel, fontsize=9)
     return fig
+
+
+def arrows(noise: ArrayLike, angles: np.ndarray) -> Figure:
+    """Perlin noise (S,S), and the directions (c + 1, c + 1) of the arrows at the points of its lattice."""
+    values = np.asarray(noise)
+    points = np.linspace(0, len(values), len(angles))
+    fig, axis = plt.subplots(figsize=(4.4, 3.7), layout="constrained")
+    drawn = axis.imshow(values, "RdBu_r", vmin=-1, vmax=1)
+    for line in points:
+        axis.axhline(line - 0.5, color="black", lw=0.4, alpha=0.5)
+        axis.axvline(line - 0.5, color="black", lw=0.4, alpha=0.5)
+    margin, length = 0.1 * len(values), 0.5 * points[1]
+    for (i, j), angle in np.ndenumerate(angles):
+        start = points[j], points[i]
+        end = start[0] + length * np.cos(angle), start[1] + length * np.sin(angle)
+        axis.annotate("", end, start, arrowprops={"arrowstyle": "->", "lw": 1.4})
+    axis.set(xlim=(-margin, len(values) + margin), ylim=(len(values) + margin, -margin))
+    blank(axis)
+    fig.colorbar(drawn, ax=axis, label="noise")
+    return fig
