@@ -288,6 +288,7 @@ def differences(found: Mapping[str, Mapping[str, tuple[float, float, float]]], x
             axis.plot(value, y, "o", color=BLUE, ms=5)
         axis.set_title(metric)
         axis.set(yticks=range(len(rows)), yticklabels=rows, ylim=(-0.6, len(rows) - 0.4))
+        axis.locator_params(axis="x", nbins=5)
     fig.supxlabel(xlabel, fontsize=9)
     return fig
 
