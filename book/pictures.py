@@ -2,7 +2,8 @@
 
     python book/pictures.py intro              results/intro.png: good and defective products, and the defects close by
     python book/pictures.py compare [RUNS]     results/compare.png: one defect of each data set, as every method maps it
-    python book/pictures.py inside RUN         results/inside/METHOD-DATA-PART.jpg: what happens inside a trained method
+    python book/pictures.py inside RUN         results/inside/METHOD-*.jpg: what happens inside a trained method
+    python book/pictures.py damage             results/inside/*.jpg: damage painted onto good images
 
 Images come from `VITAD_DATA`, maps from the finished runs below RUNS (default `runs`): of each method the one with the
 lowest seed, without overrides, of the preset that its page quotes. results/compare.npz keeps the maps that are drawn,
@@ -10,6 +11,7 @@ so that runs of several days make one picture. What is not there stays empty and
 eye, for defects that a reader can see, and before any map was drawn.
 """
 
+import math
 import sys
 from pathlib import Path
 
@@ -18,9 +20,14 @@ import numpy as np
 import torch
 from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
 
-from vitad import data, methods
+from vitad import data, methods, runs
+from vitad.data import synthesis
 from vitad.files import atomic_write
+from vitad.methods import mala
 from vitad.runs.folder import load_model, read_maps
 from vitad.runs.pipeline import MASK_THRESHOLD
 from vitad.runs.record import Record, read_record, read_records, results_folder
@@ -225,36 +232,184 @@ def inside_anovit(record: Record) -> dict[str, Figure]:
     return {"steps": lessons.rebuilt(rows, titles, found["masks"][few], limits)}
 
 
-INSIDE = {"anovit": inside_anovit, "vitmem": inside_vitmem}
+def keep(fig: Figure, name: str, quality: int = 82) -> None:
+    """results/inside/NAME.jpg, twice as fine as the page shows it."""
+    out = results_folder() / "inside" / f"{name}.jpg"
+    out.parent.mkdir(exist_ok=True)
+    fig.savefig(out, dpi=200, pil_kwargs={"quality": quality, "optimize": True})
+    plt.close(fig)
+    print(out)
 
 
-def inside(record: Record) -> None:
-    name = f"{record['method']}-{record['category'] or record['dataset']}"
+def good_ones(size: int = 224) -> tuple[Tensor, Tensor]:
+    """A good bottle, pill and tile of the training images (3,3,S,S), and where the object is (3,1,S,S)."""
+    images = []
+    for dataset, category in (("mvtec", "bottle"), ("mvtec", "pill"), ("mt", None)):
+        images.append(data.load(dataset, None, category, image_size=size).train.batch([7])["image"])
+    found = torch.cat([synthesis.foreground_mask(x) for x in images])
+    found[2] = True  # a tile fills its picture
+    return torch.cat(images), found
+
+
+def inside_mala(record: Record) -> None:
+    """Stage 1 at four shares of hidden patches, and the parts of TBM's sum."""
+    folder = record["folder"]
+    request = runs.Request("mala", record["dataset"], record["category"], preset=record["preset"])
+    test, result = request.load().test, runs.read_maps(folder)
     lessons.style()
-    for part, fig in INSIDE[record["method"]](record).items():
-        source = {"mvtec": MVTEC.format("Photographs"), "mt": TILES.format("s")}.get(record["dataset"], "")
+
+    model = runs.load_model(folder, "cpu", "stage1")
+    (h, w), ratios = model.grid, (0.25, 0.5, 0.75, 0.9)
+    image = test.batch([int(np.flatnonzero(test.labels == 0)[0])])["image"]
+    order = torch.rand(1, h * w, generator=torch.Generator().manual_seed(0)).argsort(1)
+    fig, axes = plt.subplots(4, 4, figsize=(lessons.WIDTH, 7.4), layout="constrained")
+    for j, ratio in enumerate(ratios):
+        visible = order[:, : mala.n_visible(h * w, ratio)]
+        seen = torch.zeros(1, h * w).scatter(1, visible, 1.0).view(1, 1, h, w)
+        seen = F.interpolate(seen, size=image.shape[-2:])
+        with torch.no_grad():
+            rebuilt = model.reconstruct(image, visible).clamp(0, 1)
+        # The tiles are from a run of the preset `small_dinov2` on `mt`; each file holds three, seen above rebuilt.
+        tiles = Image.open(results_folder() / "mt" / "mala-masking" / f"{ratio:.2f}.jpg")
+        S = tiles.height // 2
+        column = [seen * image + 0.5 * (1 - seen), rebuilt]
+        column = [picture[0].permute(1, 2, 0) for picture in column]
+        column += [tiles.crop((0, top, S, top + S)) for top in (0, S)]
+        for axis, picture in zip(axes[:, j], column, strict=True):
+            axis.imshow(picture)
+            lessons.blank(axis)
+        axes[0, j].set_title(f"{ratio:.0%} hidden")
+    for axis, name in zip(axes[:, 0], ("seen", "rebuilt", "seen", "rebuilt"), strict=True):
+        axis.set_ylabel(name)
+    keep(fig, "mala-masking", 70)
+
+    model = runs.load_model(folder, "cpu")
+    few = []  # of each kind the defect in the middle of the ranking
+    for kind in sorted(set(test.defects[test.labels == 1])):
+        members = np.flatnonzero(test.defects == kind)
+        few.append(int(members[np.argsort(result["scores"][members])[len(members) // 2]]))
+    images = test.batch(few)["image"]
+    with torch.no_grad():
+        first, last = model.tokens(images)
+        decoded = model.decoder(last)
+        sources = {"first block": first, "last block": last, "decoder": decoded}
+        nothing = [torch.zeros_like(t) for t in sources.values()]
+        shares = {}
+        for k, name in enumerate(sources):
+            alone = [t if i == k else nothing[i] for i, t in enumerate(sources.values())]
+            shares[name] = model.tbm(*alone) - model.tbm(*nothing)
+        shares["sum"] = model.tbm(first, last, decoded)
+    logits = {}
+    for name, share in shares.items():
+        both = mala.unpatchify(share, model.grid, 2)
+        logits[name] = (both[:, 0] - both[:, 1]).numpy()
+    titles = [test.defects[i].replace("_", " ") for i in few]
+    keep(lessons.parts_of_a_sum(images.numpy(), result["masks"][few], logits, titles, "logit"), "mala-tbm", 55)
+
+    good = np.flatnonzero(test.labels == 0)
+    few = [int(good[np.argsort(result["scores"][good])[len(good) // 2]]), *few]
+    shown = test.batch(few)["image"].numpy(), result["maps"][few], result["masks"][few]
+    titles = [test.defects[i].replace("_", " ") for i in few]
+    keep(lessons.over_image(*shown, titles, "anomaly map", (0.0, 1.0)), "mala-maps")
+
+
+def inside_of(record: Record, figures: dict[str, Figure]) -> None:
+    """Keep the figures {part: figure} of a run, with the source of its photographs."""
+    source = {"mvtec": MVTEC.format("Photographs"), "mt": TILES.format("s")}.get(record["dataset"], "")
+    for part, fig in figures.items():
         fig.supxlabel(source, fontsize=6)
-        out = results_folder() / "inside" / f"{name}-{part}.jpg"
-        out.parent.mkdir(exist_ok=True)
-        fig.savefig(out, dpi=170, pil_kwargs={"quality": 72, "optimize": True})
-        plt.close(fig)
-        print(out)
+        keep(fig, f"{record['method']}-{record['category'] or record['dataset']}-{part}", 80)
+
+
+INSIDE = {
+    "anovit": lambda record: inside_of(record, inside_anovit(record)),
+    "mala": inside_mala,
+    "vitmem": lambda record: inside_of(record, inside_vitmem(record)),
+}
+
+
+# --- painted damage -------------------------------------------------------------------------------------------------
+
+
+def damage() -> None:
+    """The steps of DRAEM's recipe, MALA's two modes, and all kinds of damage, on a bottle, a pill and a tile."""
+    lessons.style()
+    images, found = good_ones()
+    names, size = ("bottle", "pill", "tile"), tuple(images.shape[-2:])
+    rng, device = np.random.default_rng(3), images.device
+    noise = synthesis.perlin_noise(rng, np.array([[2, 3], [3, 3], [1, 4]]), size, device)
+    angles = rng.uniform(-math.pi / 2, math.pi / 2, 3)
+    s, y, x = synthesis.turned(synthesis.pixels_above(noise, 0.5), angles, size)
+    turned = torch.zeros_like(noise, dtype=torch.bool)
+    turned[s, y, x] = True
+    bank = synthesis.texture_bank("procedural", size, device)
+    chosen = torch.tensor([20, 70, 40])
+    texture = bank.images[chosen].float() / 255
+    texture[2] = texture[2].mean(0)  # grey, as on grey images
+    M = turned[:, None] & found
+    result = torch.where(M, torch.lerp(texture, images, 0.2), images)
+    fig, axes = plt.subplots(3, 6, figsize=(lessons.WIDTH, 3.9), layout="constrained")
+    for j in range(3):
+        plots.show(axes[j, 0], images[j])
+        axes[j, 1].imshow(noise[j], "RdBu_r", vmin=-1, vmax=1)
+        axes[j, 2].imshow(turned[j], "gray")
+        axes[j, 3].imshow(found[j, 0], "gray", vmin=0, vmax=1.2)  # a white page would hide white
+        plots.show(axes[j, 4], texture[j])
+        plots.show(axes[j, 5], result[j])
+        axes[j, 0].set_ylabel(names[j])
+    for axis, title in zip(axes[0], ("image", "noise", "mask, turned", "object", "texture", "result"), strict=True):
+        axis.set_title(title)
+    for axis in axes.flat:
+        lessons.blank(axis)
+    keep(fig, "synthesis-steps")
+
+    kinds = tuple(synthesis.KINDS)
+    fig, axes = plt.subplots(len(kinds), 6, figsize=(lessons.WIDTH, 1.2 * len(kinds) + 0.3), layout="constrained")
+    for row, kind in zip(axes, kinds, strict=True):
+        painted = synthesis.Synthesis((kind,), mode="local", keep_grey=True)(images, 3, 2, found, np.ones(3, bool))
+        for j in range(3):
+            plots.show(row[2 * j], painted["image"][j])
+            row[2 * j + 1].imshow(painted["mask"][j, 0], "gray", vmin=0, vmax=1)
+        row[0].set_ylabel(kind)
+    for j, title in enumerate(t for name in names for t in (name, "mask")):
+        axes[0, j].set_title(title)
+    for axis in axes.flat:
+        lessons.blank(axis)
+    keep(fig, "synthesis-kinds", 72)
+
+    fig, axes = plt.subplots(2, 5, figsize=(lessons.WIDTH, 3.2), layout="constrained")
+    columns = [(0, "global"), (0, "local"), (1, "global"), (1, "local"), (2, "global")]
+    for (top, below), (j, mode) in zip(axes.T, columns, strict=True):
+        recipe = synthesis.Synthesis(mode=mode, keep_grey=True)  # type: ignore[arg-type]
+        painted = recipe(images[j : j + 1], 4, (3, 1, 2)[j], found[j : j + 1], np.array([True]))
+        plots.show(top, painted["image"][0])
+        below.imshow(painted["mask"][0, 0], "gray", vmin=0, vmax=1)
+        top.set_title(f"{names[j]}, {mode}")
+    axes[0, 0].set_ylabel("damaged")
+    axes[1, 0].set_ylabel("mask")
+    for axis in axes.flat:
+        lessons.blank(axis)
+    keep(fig, "mala-damage")
 
 
 def main(arguments: list[str]) -> None:
-    what, *runs = arguments or ["nothing"]
+    what, *given = arguments or ["nothing"]
     if what == "intro":
         fig = intro(INTRO)
     elif what == "compare":
         assert set(ORDER) <= set(methods.METHODS)
         kept = results_folder() / "compare.npz"
-        finished = [r for r in read_records(Path(runs[0] if runs else "runs")) if (r["folder"] / "maps.npz").exists()]
+        finished = [r for r in read_records(Path(given[0] if given else "runs")) if (r["folder"] / "maps.npz").exists()]
         maps = (dict(np.load(kept)) if kept.exists() else {}) | drawn(COMPARE, finished)
         with atomic_write(kept) as temporary, open(temporary, "wb") as file:
             np.savez_compressed(file, **maps)  # type: ignore[arg-type]
         fig = compare(COMPARE, maps)
-    elif what == "inside":
-        return inside(read_record(runs[0]) | {"folder": Path(runs[0])})
+    elif what == "inside" and given:
+        lessons.style()
+        record = read_record(given[0]) | {"folder": Path(given[0])}
+        return INSIDE[record["method"]](record)
+    elif what == "damage":
+        return damage()
     else:
         sys.exit(__doc__)
     out = results_folder() / f"{what}.png"

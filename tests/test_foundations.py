@@ -23,8 +23,11 @@ PAGES = (
     "transformer",
     "reconstruction",
     "metrics",
+    "synthesis",
     "anovit",
     "vitmem",
+    "mala",
+    "mala-ablation",
     "families",
     "comparison",
     "papers-check",
@@ -97,6 +100,8 @@ DRAWINGS = {
     ),
     "memory_variants": drawings.memory_variants,
     "memory_autoencoder": lambda: drawings.memory_autoencoder(384, 16, 768, 12, 100),
+    "mala": lambda: drawings.mala(112, 14, 384, 6, 192, 16),
+    "painted_damage": drawings.painted_damage,
     "families": lambda: field.families(literature.SYSTEMS),
     "anovit": lambda: drawings.anovit(384, 16, 768, 12, (24, 26, 28, 30, 59, 117, 233)),
     "timeline": lambda: field.timeline(literature.SYSTEMS),
@@ -182,6 +187,12 @@ def test_figures_of_the_lessons_draw_what_they_are_given():
     assert len(own.axes) == 6 + 2
     lines = lessons.against([1, 4], {"up": [0.1, 0.2], "down": [0.2, 0.1]}, "x", "y", log=True).axes[0].lines
     assert [line.get_ydata()[0] for line in lines] == [0.1, 0.2]
+    parts = lessons.parts_of_a_sum(images, np.stack([mask, mask]), {"one": heat, "sum": heat}, ["a", "b"], "logit")
+    assert [axis.get_title() for axis in parts.axes[:3]] == ["image", "one", "sum"] and len(parts.axes) == 7
+    assert len(lessons.histograms({"a": [0.1, 0.2], "b": [0.9]}, "x", (0, 1)).axes[0].patches) == 60
+    found = {metric: {"a": (0.1, 0.0, 0.2), "b": (0.0, -0.1, 0.1)} for metric in "wxyz"}
+    assert [len(axis.collections) for axis in lessons.differences(found, "difference").axes] == [2, 2, 2, 2]
+    assert len(lessons.arrows(rng.random((28, 28)), rng.random((5, 5))).axes) == 2
     assert len(lessons.filters(rng.normal(size=(24, 3, 4, 4))).axes) == 24
     assert len(lessons.reach(rng.random((3, 2)), 0.5).axes[0].lines) == 4
     assert len(field.dot_table({"a": ["x"], "b": ["x", "y"]}, ["x", "y"]).axes[0].lines) == 2

@@ -329,3 +329,91 @@ def anovit(size: int, patch: int, width: int, depth: int, sides: Sequence[int]) 
     return d.show(
         alt, "AnoViT. All patch tokens reach the decoder, each at the place of its patch. The error is the map."
     )
+
+
+def mala(size: int, patch: int, width: int, depth: int, decoder_width: int, visible: int) -> HTML:
+    """The two stages of MALA, with the shapes of a model; `visible` patches stay in stage 1."""
+    N = (size // patch) ** 2
+    d = Drawing(760, 454)
+    d.text(10, 22, "Stage 1: rebuild what is hidden", 16, anchor="start", bold=True)
+    d.cells(10, 46, 4, 4, 24, coloured=[2, 5, 8, 15])
+    d.text(58, 160, "visible patches", 13)
+    d.text(58, 176, f"{visible} of {N}", 13)
+    d.arrow([(110, 94), (138, 94)])
+    d.box(142, 60, 108, 68, f"encoder\n{depth} blocks", f"{visible} × {width}")
+    d.arrow([(250, 94), (278, 94)])
+    d.box(282, 60, 108, 68, "zeros for the\nhidden ones", f"{N} × {decoder_width}", colour=AMBER, size=14)
+    d.arrow([(390, 94), (418, 94)])
+    d.box(422, 60, 96, 68, "decoder", f"{N} × {decoder_width}", colour=RED)
+    d.arrow([(518, 94), (546, 94)])
+    d.cells(550, 46, 4, 4, 24, coloured=range(16))
+    d.text(598, 160, "rebuilt image", 13)
+    d.text(598, 176, f"3 × {size} × {size}", 13)
+    d.arrow([(648, 94), (672, 94)])
+    d.box(676, 60, 76, 68, "PLPM", "real or\nrebuilt?", colour=GREEN)
+
+    d.text(10, 240, "Stage 2: paint the damage", 16, anchor="start", bold=True)
+    d.cells(10, 264, 4, 4, 24, coloured=range(16))
+    d.shape("M38 312Q44 284 66 296T84 330Q58 344 38 312Z", RED, 0.9)
+    d.text(58, 378, "damaged image", 13)
+    d.text(58, 394, f"3 × {size} × {size}", 13)
+    d.arrow([(110, 312), (138, 312)])
+    d.box(142, 278, 108, 68, "encoder,\nfrozen")
+    d.arrow([(250, 312), (418, 312)])
+    d.text(334, 304, "last block", 13)
+    d.text(334, 330, f"{N} × {width}", 13)
+    d.box(422, 278, 96, 68, "decoder", colour=RED)
+    d.arrow([(518, 312), (546, 312)])
+    d.text(470, 364, f"{N} × {decoder_width}", 13)
+    d.arrow([(196, 346), (196, 420), (584, 420), (584, 350)])
+    d.text(390, 412, f"first and last block: {N} × {2 * width}", 13)
+    d.box(550, 278, 68, 68, "TBM", colour=AMBER)
+    d.arrow([(618, 312), (646, 312)])
+    d.cells(650, 264, 4, 4, 24, coloured=[5, 6, 9, 10, 14])
+    d.text(698, 378, "its mask", 13)
+    d.text(698, 394, f"2 × {size} × {size}", 13)
+    for x in (236, 436):
+        d.arrow([(x, 148), (x, 274)], dashed=True)
+    d.text(336, 216, "the weights go on to stage 2", 13)
+    alt = (
+        f"Stage 1: {visible} of {N} patches pass through the encoder. Zeros stand for the hidden ones, the decoder "
+        "rebuilds the image, and PLPM judges whether an image is real. Stage 2: a damaged image passes through the "
+        "frozen encoder and the decoder. TBM joins the tokens of its first and last block with those of the decoder "
+        "and gives the mask of the damage."
+    )
+    return d.show(
+        alt,
+        "MALA. Stage 1 learns what normal images look like. Stage 2 keeps the encoder and learns to paint the damage. "
+        "Only the lower row is used on new images.",
+    )
+
+
+def painted_damage() -> HTML:
+    """How a mask of noise and a texture become damage on a good image."""
+    d = Drawing(760, 250)
+    top, below = 20, 150
+    d.box(10, top, 104, 56, "Perlin noise", colour=BLUE)
+    d.arrow([(114, top + 28), (140, top + 28)])
+    d.box(144, top, 104, 56, "threshold", colour=AMBER)
+    d.arrow([(248, top + 28), (274, top + 28)])
+    d.box(278, top, 82, 56, "turn", colour=AMBER)
+    d.arrow([(360, top + 28), (386, top + 28)])
+    d.box(390, top, 118, 56, "keep to\nthe object", colour=AMBER)
+    d.arrow([(508, top + 28), (620, top + 28), (620, 92)])
+    d.text(566, top + 20, "mask M", 14)
+    d.box(10, below, 104, 56, "texture", colour=BLUE)
+    d.arrow([(114, below + 28), (140, below + 28)])
+    d.box(144, below, 104, 56, "recolour", colour=AMBER)
+    d.arrow([(248, below + 28), (440, below + 28), (440, 124), (546, 124)])
+    d.text(300, below + 20, "T", 14)
+    d.box(300, below + 42, 104, 48, "good image", colour=BLUE, size=14)
+    d.arrow([(404, below + 66), (570, below + 66), (570, 156)])
+    d.text(486, below + 60, "I", 14)
+    d.box(550, 96, 90, 56, "blend", colour=RED)
+    d.arrow([(640, 124), (664, 124)])
+    d.box(668, 96, 86, 56, "damaged\nimage", colour=GREEN, size=14)
+    alt = (
+        "Perlin noise passes a threshold, is turned and kept to the object: the mask. A texture is recoloured. Mask, "
+        "texture and good image are blended into the damaged image."
+    )
+    return d.show(alt, "The recipe. Noise decides where, a texture decides what, and the mask is known exactly.")

@@ -345,3 +345,76 @@ def steps(found: pd.DataFrame) -> Figure:
         axis.locator_params(axis="x", nbins=4)
     axes[0, 0].set(yticks=range(len(rows)), yticklabels=rows, ylim=(len(rows) - 0.5, -0.5))
     return fig
+
+
+def parts_of_a_sum(
+    images: np.ndarray, masks: np.ndarray, parts: Mapping[str, np.ndarray], titles: Sequence[str], bar: str
+) -> Figure:
+    """Images (n,3,H,W), one a row, beside the parts (n,H,W) of a sum: blue lowers it, red raises it, on one scale.
+
+    Each picture of a part counts from its own median.
+    """
+    n, columns = len(images), 1 + len(parts)
+    side = (WIDTH - 0.7) / columns
+    fig, axes = plt.subplots(n, columns, figsize=(WIDTH, n * side + 0.3), layout="constrained", squeeze=False)
+    centred = {name: v - np.median(v, axis=(1, 2), keepdims=True) for name, v in parts.items()}
+    limit = float(np.percentile(np.abs(np.stack(list(centred.values()))), 99.5))
+    for j, title in enumerate(titles):
+        show(axes[j, 0], images[j], masks[j])
+        axes[j, 0].set_ylabel(title)
+        for axis, (name, values) in zip(axes[j, 1:], centred.items(), strict=True):
+            drawn = axis.imshow(values[j], "RdBu_r", vmin=-limit, vmax=limit)
+            outline(axis, masks[j], "black", 0.6)
+            axis.set_title(name if j == 0 else "")
+    for axis in axes.flat:
+        blank(axis)
+    axes[0, 0].set_title("image")
+    fig.colorbar(drawn, ax=axes, label=bar, shrink=0.6, aspect=30, extend="both")
+    return fig
+
+
+def histograms(values: Mapping[str, Sequence[float]], xlabel: str, limits: Limits, ylabel: str = "images") -> Figure:
+    """Two sets of values as histograms over each other."""
+    fig, axis = plt.subplots(figsize=(WIDTH, 2.4), layout="constrained")
+    for (name, numbers), colour in zip(values.items(), (BLUE, RED), strict=True):
+        axis.hist(numbers, np.linspace(*limits, 31), label=name, color=colour, alpha=0.75)
+    axis.set(xlabel=xlabel, ylabel=ylabel)
+    axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    return fig
+
+
+def differences(found: Mapping[str, Mapping[str, tuple[float, float, float]]], xlabel: str) -> Figure:
+    """{metric: {row: (difference, low, high)}}, four metrics: dots with their intervals, a line at zero."""
+    rows = list(next(iter(found.values())))[::-1]
+    fig, axes = plt.subplots(2, 2, figsize=(WIDTH, 1.1 + 0.56 * len(rows)), layout="constrained", sharey=True)
+    for axis, (metric, panel) in zip(axes.flat, found.items(), strict=True):
+        axis.axvline(0, color="#888888", lw=0.8)
+        for y, row in enumerate(rows):
+            value, low, high = panel[row]
+            axis.hlines(y, low, high, color=BLUE, lw=1.6)
+            axis.plot(value, y, "o", color=BLUE, ms=5)
+        axis.set_title(metric)
+        axis.set(yticks=range(len(rows)), yticklabels=rows, ylim=(-0.6, len(rows) - 0.4))
+        axis.locator_params(axis="x", nbins=5)
+    fig.supxlabel(xlabel, fontsize=9)
+    return fig
+
+
+def arrows(noise: ArrayLike, angles: np.ndarray) -> Figure:
+    """Perlin noise (S,S), and the directions (c + 1, c + 1) of the arrows at the points of its lattice."""
+    values = np.asarray(noise)
+    points = np.linspace(0, len(values), len(angles))
+    fig, axis = plt.subplots(figsize=(4.4, 3.7), layout="constrained")
+    drawn = axis.imshow(values, "RdBu_r", vmin=-1, vmax=1)
+    for line in points:
+        axis.axhline(line - 0.5, color="black", lw=0.4, alpha=0.5)
+        axis.axvline(line - 0.5, color="black", lw=0.4, alpha=0.5)
+    margin, length = 0.1 * len(values), 0.5 * points[1]
+    for (i, j), angle in np.ndenumerate(angles):
+        start = points[j], points[i]
+        end = start[0] + length * np.cos(angle), start[1] + length * np.sin(angle)
+        axis.annotate("", end, start, arrowprops={"arrowstyle": "->", "lw": 1.4})
+    axis.set(xlim=(-margin, len(values) + margin), ylim=(len(values) + margin, -margin))
+    blank(axis)
+    fig.colorbar(drawn, ax=axis, label="noise")
+    return fig
