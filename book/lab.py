@@ -38,7 +38,7 @@ from vitad.show.plots import HEAT, heat_range
 FORMAT = 1  # goes up by one where lab.js would have to change
 RUNTIME = ROOT / "book" / "_static" / "vendor" / "onnxruntime-web" / "runtime.js"
 LARGE = 4096  # weights; fewer stay as they are
-LEVELS = 63  # of a weight, on either side of 0: what 7 bits hold packs an eighth smaller than what 8 bits hold
+LEVELS = 127  # of a weight, on either side of 0
 FALSE_ALARMS = 0.05
 LOST = 0.01  # image AUROC that storing the weights may cost
 METHODS = {  # what is run, unless a chapter has, and what the page says about it
