@@ -16,7 +16,7 @@ from vitad.papers import printed
 from vitad.show import drawings, field, lessons, live
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("problem", "transformer", "reconstruction", "metrics", "vitmem")
+PAGES = ("problem", "transformer", "reconstruction", "metrics", "vitmem", "vitmem-ablation")
 TERM = re.compile(r"\{term\}`(?:[^`<]*<)?([^`<>]+)>?`")
 
 
