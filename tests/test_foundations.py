@@ -26,6 +26,7 @@ PAGES = (
     "synthesis",
     "anovit",
     "vitmem",
+    "vitmem-ablation",
     "mala",
     "mala-ablation",
     "families",
