@@ -9,7 +9,7 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 # Notebooks run with this environment's Python, never with a kernel that a user has installed elsewhere.
 export JUPYTER_PREFER_ENV_PATH := 1
 
-.PHONY: help env book zip pdf axe lab notebooks readme facts test robust processors bench gpu clean
+.PHONY: help env book zip pdf axe lab crawl notebooks readme facts test robust processors bench gpu clean
 
 # Everything that was set on the command line, quoted; the scripts refuse names that they do not know.
 GIVEN = $(foreach name,$(filter-out PYTHON TORCH_INDEX,$(.VARIABLES)),\
@@ -25,6 +25,7 @@ help:
 	@echo "make pdf        print them into one PDF, with Chromium   CHROMIUM="
 	@echo "make axe        check the pages for what shuts readers out: axe-core (npm) in Chromium   ONLY='anovit mala'   CHROMIUM="
 	@echo "make lab        paint on the lab page in Chromium, from a file and from a server   PICTURES=folder   CHROMIUM="
+	@echo "make crawl      follow all links of the pages, open each in Chromium, wide and as on a phone   ONLY='anovit mala'   CHROMIUM="
 	@echo "make test       install into $(VENV), run the linters, the tests and the notebooks as committed"
 	@echo "make robust     run the notebooks under other arithmetic, and with the smallest preset on real images"
 	@echo "                SETTINGS='avx2 default'   these   ONLY='anovit mala'   these notebooks   JOBS="
@@ -71,6 +72,9 @@ axe: $(READY)
 
 lab: $(READY)
 	@$(PY) book/check_lab.py $(GIVEN)
+
+crawl: $(READY)
+	@$(PY) book/crawl.py $(GIVEN)
 
 notebooks: $(READY)
 	@$(PY) book/notebooks.py $(GIVEN)

@@ -2,7 +2,7 @@
 
 * Pictures become WebP where that is smaller: a third of their bytes and less.
 * Notebooks to download come without outputs, which their pages show.
-* What only the authors of the theme use goes: maps of its scripts, its translations.
+* What only the authors of the theme use goes: maps of its scripts, its templates and translations.
 """
 
 import re
@@ -20,8 +20,9 @@ def lighten(html: Path) -> None:
     """Change the site in the folder `html` in place."""
     for notebook in (html / "_sources").rglob("*.ipynb"):
         nbformat.write(without_outputs(nbformat.read(notebook, 4)), notebook)
-    for needless in (html / "_static").rglob("*.map"):
-        needless.unlink()
+    for pattern in ("*.map", "*macros.html"):
+        for needless in (html / "_static").rglob(pattern):
+            needless.unlink()
     shutil.rmtree(html / "_static" / "locales", ignore_errors=True)
     names = {}
     for picture in sorted((html / "_images").glob("*.png")):

@@ -27,7 +27,7 @@ def site(tmp_path):
     photo = np.stack([np.add.outer(x, x) / 2 + 8 * np.random.default_rng(0).random((300, 300))] * 3, -1)
     Image.fromarray(photo.clip(0, 255).astype(np.uint8)).save(tmp_path / "_images" / "photo.png")
     Image.fromarray(np.zeros((1, 1), np.uint8)).save(tmp_path / "_images" / "dot.png", optimize=True)
-    for name in ("scripts/a.js.map", "locales/de/a.po", "logo.png", "style.css"):
+    for name in ("scripts/a.js.map", "theme-macros.html", "locales/de/a.po", "logo.png", "style.css"):
         (tmp_path / "_static" / name).write_text("x")
     (tmp_path / "notebooks" / "page.html").write_text(PAGE)
     cell = nbformat.v4.new_code_cell("1 + 1", execution_count=3)
