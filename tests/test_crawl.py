@@ -15,7 +15,8 @@ def test_links_to_missing_files_and_places_are_named(tmp_path):
     page.write_text(
         '<h2 id="here">Page</h2><a href="#here">a</a><a href="../index.html#top">b</a><a href="../#old%20place">c</a>'
         '<a href="https://elsewhere.org/x#y">d</a><a href="mailto:a@b.org">e</a><img src="data:image/png;base64,AA">'
-        '<a href="#there">f</a><a href="../index.html#bottom">g</a><img src="../_images/a.png?v=1"><a href="../../x">h</a>'
+        '<a href="#there">f</a><a href="../index.html#bottom">g</a><img src="../_images/a.png?v=1">'
+        '<a href="../../x">h</a>'
     )
     assert broken(page, tmp_path) == [
         "#there: the page has no such place",
