@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import Counter
 from datetime import datetime
 from pathlib import Path
 
@@ -85,7 +86,7 @@ def test_a_run_leaves_its_files_and_nothing_else(finished):
     phases = list(dict.fromkeys(row["phase"] for row in runs.read_history(out)))
     kept = {f"checkpoint-{phase}.safetensors" for phase in phases[:-1]}
     assert {p.name for p in out.iterdir()} == FILES | kept | ({"history.csv"} if phases else set())
-    assert bool(phases) == bool(record["counts"]["epochs"]) and bool(kept) == (record["method"] == "mala")
+    assert bool(phases) == bool(record["counts"]["epochs"]) and bool(kept) == (record["method"] in ("mala", "fanogan"))
     with Image.open(out / "heatmaps.png") as image:
         image.verify()
         assert image.format == "PNG" and min(image.size) > 100
@@ -183,11 +184,12 @@ def test_history_is_kept_beside_the_record(finished):
     history = runs.read_history(out)
     assert len(history) == record["counts"]["epochs"]
     if history:
-        phases = list(dict.fromkeys(row["phase"] for row in history))
-        epochs = range(1, 1 + len(history) // len(phases))
-        assert [(row["phase"], row["epoch"]) for row in history] == [(p, n) for p in phases for n in epochs]
+        epochs = Counter(row["phase"] for row in history)
+        expected = [(phase, n) for phase, last in epochs.items() for n in range(1, last + 1)]
+        assert [(row["phase"], row["epoch"]) for row in history] == expected
         losses = set(history[0]) - {"phase", "epoch", "seconds"}
-        assert losses and all(history[0][k] > 0 for k in losses)
+        signed = {"critic", "fake"} if record["method"] == "fanogan" else set()  # differences of a critic's numbers
+        assert losses and all(history[0][k] > 0 for k in losses - signed)
         assert history[-1]["seconds"] == record["timings"]["train_s"]
 
 
@@ -226,7 +228,8 @@ def test_half_precision_is_used_where_asked_for_and_recorded(method, smoke, tmp_
     assert found[False][0] == "float32" and found[True][0] == "bfloat16 autocast"
     assert not np.array_equal(found[True][1], found[False][1])
     for _, maps in found.values():  # the map itself is not rounded to half precision
-        assert len(np.unique(maps)) > 0.5 * maps.size
+        cells = maps.size / (16 if method == "psvdd" else 1)  # its map is not smoothed: one value in 4 x 4 px
+        assert len(np.unique(maps)) > 0.5 * cells
     assert np.corrcoef(found[True][1].ravel(), found[False][1].ravel())[0, 1] > 0.9
 
 
