@@ -15,7 +15,7 @@ from vitad.papers import printed
 from vitad.show import drawings, field, lessons, live
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("problem", "transformer", "reconstruction", "metrics", "anovit")
+PAGES = ("problem", "transformer", "reconstruction", "metrics", "anovit", "ssltok", "ssltok-ablation")
 TERM = re.compile(r"\{term\}`(?:[^`<]*<)?([^`<>]+)>?`")
 
 
@@ -79,6 +79,7 @@ DRAWINGS = {
     "autoencoder": lambda: drawings.autoencoder(12288, 16),
     "families": lambda: field.families(literature.SYSTEMS),
     "anovit": lambda: drawings.anovit(384, 16, 768, 12, (24, 26, 28, 30, 59, 117, 233)),
+    "ssltok": lambda: drawings.ssltok(224, 14, 384),
     "timeline": lambda: field.timeline(literature.SYSTEMS),
 }
 
