@@ -232,6 +232,25 @@ def inside_anovit(record: Record) -> dict[str, Figure]:
     return {"steps": lessons.rebuilt(rows, titles, found["masks"][few], limits)}
 
 
+@torch.no_grad()
+def inside_ssltok(record: Record) -> dict[str, Figure]:
+    """Tokens, given and as they should be, distance, probability and map; of each kind the middle one by score."""
+    model, found = load_model(record["folder"], "cpu"), read_maps(record["folder"])
+    few = plots.examples(found["labels"], found["defects"], good=2, order=found["scores"])[-6:]
+    size = model.settings.image_size
+    test = data.load(record["dataset"], None, record["category"], record["split"], image_size=size).test
+    batch = test.batch(few)["image"]
+    out = model.predict(batch)
+    tokens = {"given": out["t_a"], "unseen": out["unseen"], "remembered": out["t_m"]}
+    colours = plots.principal_components(torch.cat(list(tokens.values())), model.tokenizer.patch_embed.grid_size)
+    rows = {"image": batch.numpy()}
+    rows |= dict(zip(tokens, np.split(colours.transpose(0, 3, 1, 2), len(tokens)), strict=True))
+    rows |= {"d": out["distance"].numpy(), "p": out["segmented"].numpy(), "map": found["maps"][few]}
+    limits = {name: (0.0, float(np.quantile(rows[name], 0.998))) for name in ("d", "map")} | {"p": (0.0, 1.0)}
+    titles = [kind.replace("_", " ").lower() for kind in found["defects"][few]]
+    return {"steps": lessons.rebuilt(rows, titles, found["masks"][few], limits)}
+
+
 def keep(fig: Figure, name: str, quality: int = 82) -> None:
     """results/inside/NAME.jpg, twice as fine as the page shows it."""
     out = results_folder() / "inside" / f"{name}.jpg"
@@ -324,6 +343,7 @@ def inside_of(record: Record, figures: dict[str, Figure]) -> None:
 INSIDE = {
     "anovit": lambda record: inside_of(record, inside_anovit(record)),
     "mala": inside_mala,
+    "ssltok": lambda record: inside_of(record, inside_ssltok(record)),
     "vitmem": lambda record: inside_of(record, inside_vitmem(record)),
 }
 

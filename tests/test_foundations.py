@@ -29,6 +29,8 @@ PAGES = (
     "vitmem-ablation",
     "mala",
     "mala-ablation",
+    "ssltok",
+    "ssltok-ablation",
     "families",
     "comparison",
     "papers-check",
@@ -105,6 +107,7 @@ DRAWINGS = {
     "painted_damage": drawings.painted_damage,
     "families": lambda: field.families(literature.SYSTEMS),
     "anovit": lambda: drawings.anovit(384, 16, 768, 12, (24, 26, 28, 30, 59, 117, 233)),
+    "ssltok": lambda: drawings.ssltok(224, 14, 384),
     "timeline": lambda: field.timeline(literature.SYSTEMS),
 }
 

@@ -417,3 +417,48 @@ def painted_damage() -> HTML:
         "texture and good image are blended into the damaged image."
     )
     return d.show(alt, "The recipe. Noise decides where, a texture decides what, and the mask is known exactly.")
+
+
+def ssltok(size: int, patch: int, width: int) -> HTML:
+    """From tokens to a map: what a token is, what it should be, and what marks the difference."""
+    g = size // patch
+    N = g * g
+    d = Drawing(760, 372)
+    d.text(68, 102, "image x")
+    d.cells(20, 114, 4, 4, 24, coloured=[9])
+    d.text(68, 230, f"3 × {size} × {size}", 13)
+    d.arrow([(120, 162), (144, 162)])
+    d.box(148, 132, 110, 60, "tokenizer T", "frozen", colour=AMBER)
+    d.arrow([(260, 162), (284, 162)])
+    d.cells(290, 110, 2, 7, 15, coloured=[6, 7])
+    d.text(305, 98, "tokens tₐ")
+    d.text(305, 234, f"{N} × {width}", 13)
+    for y in (48, 118, 188):
+        d.arrow([(324, 162), (342, 162), (342, y), (366, y)])
+    d.box(370, 24, 170, 48, "R, all seen", colour=RED)
+    d.box(370, 94, 170, 48, "R, token hidden", colour=RED)
+    d.box(370, 164, 170, 48, "memory: the nearest", colour=AMBER)
+    for y, name in ((48, "t̂"), (118, "t̃"), (188, "tₘ")):
+        d.text(556, y + 5, name)
+        d.arrow([(570, y), (596, y), (596, 118), (616, 118)])
+    d.box(620, 88, 126, 60, "distance\nfrom tₐ", f"d, {g} × {g}", colour=GREEN)
+    d.arrow([(305, 242), (305, 300), (366, 300)])
+    d.text(336, 290, "tₐ", 13)
+    d.arrow([(556, 200), (556, 240), (455, 240), (455, 268)])
+    d.text(506, 256, "t̂, tₘ", 13)
+    d.box(370, 272, 170, 56, "segmentation G", f"p, {size} × {size}", colour=RED)
+    d.arrow([(542, 300), (616, 300)])
+    d.arrow([(683, 172), (683, 268)])
+    d.box(620, 272, 126, 56, "p · d", f"map, {size} × {size}", colour=GREEN)
+    d.text(148, 348, "R and G are trained.", 13, "start")
+    alt = (
+        f"A frozen tokenizer turns an image of {size} by {size} pixels into {N} tokens of {width} numbers. There are "
+        "three answers to what a token should be: R predicts it with all tokens seen, R predicts it with the token "
+        "hidden, and the memory gives the nearest normal token. Their distances from the given token are multiplied "
+        "with the probability of damage that the segmentation G draws. The product is the map."
+    )
+    return d.show(
+        alt,
+        "Three answers to the question what belongs here. The map is bright where the token is far from these answers "
+        "and the segmentation marks damage.",
+    )
