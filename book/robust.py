@@ -69,11 +69,12 @@ def smoke_book() -> dict | None:
 
 
 def checked(nb: nbformat.NotebookNode) -> dict[int, list[str]]:
-    """{index of a cell that nbval compares: lines of its output}."""
+    """{index of a cell that nbval compares: lines of its output}, without progress bars, which show how long it took."""
     found = {}
     for index, cell in enumerate(nb.cells):
         if cell.cell_type == "code" and "# NBVAL_CHECK_OUTPUT" in cell.source:
-            texts = [output.get("text") or output.get("data", {}).get("text/plain", "") for output in cell.outputs]
+            shown = [output for output in cell.outputs if output.get("name") != "stderr"]
+            texts = [output.get("text") or output.get("data", {}).get("text/plain", "") for output in shown]
             found[index] = "".join(texts).splitlines()
     return found
 

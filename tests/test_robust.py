@@ -104,3 +104,12 @@ def test_one_setting_that_does_not_hold_is_an_error(folder, monkeypatch, capsys)
     monkeypatch.setattr(robust, "chosen", lambda only, everything: [good, bad])
     with pytest.raises(SystemExit, match="not everything holds"):
         robust.main(["SETTINGS=native"])
+
+
+def test_progress_bars_are_not_compared():
+    cell = nbformat.v4.new_code_cell("# NBVAL_CHECK_OUTPUT\nprint('done')")
+    cell.outputs = [
+        nbformat.v4.new_output("stream", name="stderr", text="100%|####| 8/8 [00:06<00:00, 1.47batch/s]\n"),
+        nbformat.v4.new_output("stream", name="stdout", text="done\n"),
+    ]
+    assert robust.checked(nbformat.v4.new_notebook(cells=[cell])) == {0: ["done"]}
