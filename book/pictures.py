@@ -200,7 +200,7 @@ def inside(record: Record) -> None:
         fig.supxlabel(source, fontsize=6)
         out = results_folder() / "inside" / f"{name}-{part}.jpg"
         out.parent.mkdir(exist_ok=True)
-        fig.savefig(out, dpi=170, pil_kwargs={"quality": 72, "optimize": True})
+        fig.savefig(out, dpi=170, pil_kwargs={"quality": 64, "optimize": True})
         plt.close(fig)
         print(out)
 
