@@ -69,7 +69,7 @@ def smoke_book() -> dict | None:
 
 
 def checked(nb: nbformat.NotebookNode) -> dict[int, list[str]]:
-    """{index of a cell that nbval compares: lines of its output}, without progress bars, which show how long it took."""
+    """{index of a cell that nbval compares: lines of its output}, without progress bars, which show times."""
     found = {}
     for index, cell in enumerate(nb.cells):
         if cell.cell_type == "code" and "# NBVAL_CHECK_OUTPUT" in cell.source:
