@@ -4,9 +4,11 @@ function mend() {
     for (const button of document.querySelectorAll("button[aria-label], summary[aria-label]")) {
         if (button.textContent.trim()) button.removeAttribute("aria-label");
     }
-    // What scrolls sideways can be reached, and so scrolled, with the keyboard.
+    // What scrolls can be reached, and so scrolled, with the keyboard.
     for (const box of document.querySelectorAll(".bd-article :is(table, pre, .cell_output, .math, figure)")) {
-        if (box.scrollWidth > box.clientWidth && !box.querySelector("a, button, input, [tabindex]")) box.tabIndex = 0;
+        const larger = box.scrollWidth > box.clientWidth || box.scrollHeight > box.clientHeight;
+        const scrolls = larger && getComputedStyle(box).overflowX !== "visible";
+        if (scrolls && !box.querySelector("a:not(.headerlink), button, input, [tabindex]")) box.tabIndex = 0;
     }
     // A slider is called what stands before it.
     for (const slider of document.querySelectorAll(".widget-hslider")) {
