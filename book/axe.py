@@ -13,8 +13,8 @@ import tarfile
 from html import unescape
 from pathlib import Path
 
+from chromium import browser
 from execution import BUILD, options
-from pdf import browser
 from tqdm import tqdm
 
 AXE = "axe-core@4.14.1"

@@ -22,9 +22,9 @@ from pathlib import Path
 
 import nbformat
 import yaml
-from execution import BUILD, ROOT, Task, execute_all, options, whole_number
+from execution import BUILD, ROOT, Task, execute_all, options, whole_number, without_outputs
 from facts import address, facts, installing_cell, published, repository
-from lighten import lighten, without_outputs
+from lighten import lighten
 
 
 def path(text: str) -> str:

@@ -12,9 +12,8 @@ from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urldefrag, urlsplit
 
-from check_lab import Chromium, served
+from chromium import Chromium, browser, served
 from execution import BUILD, options
-from pdf import browser
 from tqdm import tqdm
 
 WIDTHS = (1280, 390)  # px

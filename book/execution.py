@@ -106,6 +106,15 @@ def execute_all(tasks: list[Task], jobs: int | None, total: int, go_on: bool, th
     return failures
 
 
+def without_outputs(nb: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """The notebook as if it had never been run, with all that was drawn left out."""
+    nb.metadata.pop("widgets", None)
+    for cell in nb.cells:
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
+    return nb
+
+
 def execute(task: Task) -> str | None:
     """Execute one notebook and move it to `task.done` when it is whole. Returns what went wrong, or `None`.
 
@@ -119,10 +128,8 @@ def execute(task: Task) -> str | None:
         declared = papermill.inspect_notebook(str(task.notebook))
         parameters = {name: value for name, value in task.parameters.items() if name in declared}
         nb = parameterize_notebook(load_notebook_node(str(task.notebook)), parameters, kernel_name="python3")
+    nb = without_outputs(nb)  # an unfinished notebook shows no old ones
     code = [cell for cell in nb.cells if cell.cell_type == "code"]
-    for cell in code:  # an unfinished notebook shows no old outputs
-        cell.update(outputs=[], execution_count=None)
-    nb.metadata.pop("widgets", None)
     client = NotebookClient(
         nb,
         timeout=None,

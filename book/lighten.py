@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 
 import nbformat
-from nbformat import NotebookNode
+from execution import without_outputs
 from PIL import Image
 
 QUALITY = 88  # of WebP, where it is lossy: no difference is seen in photographs and plots at twice their size
@@ -40,12 +40,3 @@ def lighten(html: Path) -> None:
         changed = pattern.sub(lambda match: names.get(match[0], match[0]), text)
         if changed != text:
             page.write_text(changed)
-
-
-def without_outputs(nb: NotebookNode) -> NotebookNode:
-    """The notebook as if it had never been run, with all that was drawn left out."""
-    nb.metadata.pop("widgets", None)
-    for cell in nb.cells:
-        if cell.cell_type == "code":
-            cell.outputs, cell.execution_count = [], None
-    return nb

@@ -7,11 +7,14 @@ A notebook keeps digests of these in its metadata (`vitad.sources`), and lags wh
     library    each module of `vitad` that it imports, directly or not: its code without comments and docstrings, or its
                full text where the notebook shows it, and the data files that it names
     records    the record.json files below results/ and the JSON files below experiments/
-Each notebook runs in a new folder under book/_build/notebooks and is replaced when it is whole.
+Each notebook runs in a new folder under book/_build/notebooks and is replaced when it is whole. Its large pictures are
+kept as JPEG, which is a fifth of their bytes: the history keeps every version, and `make book` draws them anew.
 """
 
 import ast
+import base64
 import hashlib
+import io
 import shutil
 import sys
 from collections.abc import Iterator
@@ -21,8 +24,10 @@ from pathlib import Path
 
 import nbformat
 from execution import BUILD, ROOT, Task, execute_all, options, whole_number
+from PIL import Image
 
 METHODS = "vitad.methods."
+LARGE = 100_000  # bytes of a picture, in base64
 
 
 def digest(text: str) -> str:
@@ -139,7 +144,9 @@ def uses(notebook: ast.Module) -> tuple[set[str], set[str]]:
     texts = {node.value for node in ast.walk(notebook) if isinstance(node, ast.Constant)}
     methods = {m for m in modules() if m.startswith(METHODS) and ("METHODS" in names or m.rpartition(".")[2] in texts)}
     calls = [
-        node for node in ast.walk(notebook) if isinstance(node, ast.Call) and "getsource" in ast.unparse(node.func)
+        node
+        for node in ast.walk(notebook)
+        if isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in ("getsource", "source")
     ]
     shown = {node.id for call in calls for node in ast.walk(call) if isinstance(node, ast.Name)}
     in_full = {module for name, module in imported if name in shown or module.startswith(METHODS)}
@@ -197,6 +204,20 @@ def chosen(only: str | None, everything: bool) -> list[Path]:
     return list(behind)
 
 
+def with_small_pictures(nb: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """The notebook with its PNG pictures of more than `LARGE` bytes as JPEG, where that is smaller."""
+    shown = [output.data for cell in nb.cells for output in cell.get("outputs", []) if "data" in output]
+    for data in shown:
+        if len(text := data.get("image/png", "")) > LARGE:
+            small = io.BytesIO()
+            Image.open(io.BytesIO(base64.b64decode(text))).convert("RGB").save(small, "JPEG", quality=88, optimize=True)
+            packed = base64.b64encode(small.getvalue()).decode()
+            if len(packed) < len(text):
+                del data["image/png"]
+                data["image/jpeg"] = packed
+    return nb
+
+
 def main(arguments: list[str]) -> None:
     given = options("notebooks", arguments, {"only": str, "all": bool, "jobs": whole_number})
     tasks = []
@@ -208,6 +229,8 @@ def main(arguments: list[str]) -> None:
         print("notebooks: all are up to date")
         return
     failures = execute_all(tasks, given.get("jobs"), len(tasks), go_on=True)
+    for task in tasks:
+        nbformat.write(with_small_pictures(nbformat.read(task.done, 4)), task.done)
     if failures:
         sys.exit(f"notebooks: {len(failures)} of {len(tasks)} failed and are as before; the others are written")
 

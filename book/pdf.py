@@ -5,7 +5,6 @@
 Chromium prints, one page of the book after another, since it shows mathematics and widgets as readers see them.
 """
 
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -14,11 +13,11 @@ from pathlib import Path
 
 import yaml
 from build import pages_of
+from chromium import browser
 from execution import BUILD, ROOT, options
 from pypdf import PdfWriter
 from tqdm import tqdm
 
-NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 # No sandbox: in a container there is none, and only pages of our own are opened.
 FLAGS = ("--headless=new", "--no-sandbox", "--no-pdf-header-footer", "--virtual-time-budget=20000")
 
@@ -40,14 +39,6 @@ class Title(HTMLParser):
 
     def handle_data(self, data):
         self.text += data * self.inside
-
-
-def browser(asked: str | None) -> str:
-    """The program that prints."""
-    found = next(filter(None, map(shutil.which, [asked] if asked else NAMES)), None)
-    if not found:
-        sys.exit(f"pdf: no {asked or 'Chromium'} here (Debian: apt install chromium). Name it with CHROMIUM=PATH.")
-    return found
 
 
 def main(chromium: str, html: Path, contents: dict, out: Path) -> None:

@@ -181,7 +181,7 @@ def inside_vitmem(record: Record) -> dict[str, Figure]:
     errors = {name: error.numpy() for name, error in model.error_maps(batch).items()}
     pictures = {"image": batch.numpy(), "rebuilt": (rebuilt.numpy() + 1) / 2 if x.min() < 0 else rebuilt.numpy()}
     shown = dict(zip(("squared error", "1 − SSIM", "entropy"), errors.values(), strict=True))
-    figures["errors"] = lessons.terms(pictures, shown, masks, names)
+    figures["errors"] = lessons.rebuilt(pictures | shown, names, masks, limits=None)
     return figures
 
 

@@ -87,7 +87,7 @@ def test_the_glossary_is_in_order():
 @pytest.mark.parametrize("page", PAGES)
 def test_figures_have_a_text_and_most_a_caption(page):
     for cell in cells_of(page):
-        if any("image/png" in output.get("data", {}) for output in cell.get("outputs", [])):
+        if any(kind.startswith("image/") for output in cell.get("outputs", []) for kind in output.get("data", {})):
             assert len(cell.metadata["mystnb"]["image"]["alt"]) > 30
             assert page == "metrics" or cell.metadata["mystnb"]["figure"]["caption"]
 
@@ -194,8 +194,9 @@ def test_figures_of_the_lessons_draw_what_they_are_given():
     parts = lessons.parts_of_a_sum(images, np.stack([mask, mask]), {"one": heat, "sum": heat}, ["a", "b"], "logit")
     assert [axis.get_title() for axis in parts.axes[:3]] == ["image", "one", "sum"] and len(parts.axes) == 7
     assert len(lessons.histograms({"a": [0.1, 0.2], "b": [0.9]}, "x", (0, 1)).axes[0].patches) == 60
-    found = {metric: {"a": (0.1, 0.0, 0.2), "b": (0.0, -0.1, 0.1)} for metric in "wxyz"}
-    assert [len(axis.collections) for axis in lessons.differences(found, "difference").axes] == [2, 2, 2, 2]
+    index = pd.MultiIndex.from_product([["a", "b"], list("wxyz")], names=["contrast", "metric"])
+    found = pd.DataFrame({"difference": 0.1, "low": 0.0, "high": 0.2, "verdict": "undecided"}, index=index)
+    assert [len(axis.collections) for axis in lessons.differences(found).axes] == [2, 2, 2, 2]
     assert len(lessons.arrows(rng.random((28, 28)), rng.random((5, 5))).axes) == 2
     assert len(lessons.filters(rng.normal(size=(24, 3, 4, 4))).axes) == 24
     assert len(lessons.reach(rng.random((3, 2)), 0.5).axes[0].lines) == 4
@@ -213,10 +214,10 @@ def test_figures_of_a_memory_and_of_differences_draw_what_they_are_given():
     assert [axis.get_title() for axis in shown] == ["patch", "30.0%", "20.0%", "", "50.0%", "10.0%"]
     strips = lessons.strips(images, rng.random((2, 4)), rng.random((2, 4)), mask, ["a", "b"])
     assert [len(axis.images) for axis in strips.axes[:2]] == [3, 3] and len(strips.axes) == 3
-    fig = lessons.terms({"image": images}, {"x": mask * 0.1, "y": mask * 9.0}, mask, ["a", "b"])
+    fig = lessons.rebuilt({"image": images, "x": mask * 0.1, "y": mask * 9.0}, ["a", "b"], mask, limits=None)
     assert len(fig.axes) == 6 + 2 and fig.axes[2].images[0].get_clim() != fig.axes[4].images[0].get_clim()
     index = pd.MultiIndex.from_product([["up", "open"], ["AUROC", "PRO"]], names=["contrast", "metric"])
     columns = {"difference": [0.2, None, 0.1, None], "low": [0.1, None, -0.1, None], "high": [0.3, None, 0.3, None]}
     verdicts = {"verdict": ["above", "undecided", "undecided", "undecided"]}
-    (panel,) = lessons.steps(pd.DataFrame(columns | verdicts, index=index)).axes
+    (panel,) = lessons.differences(pd.DataFrame(columns | verdicts, index=index)).axes
     assert panel.get_title() == "AUROC" and len({tuple(line.get_color()[0]) for line in panel.collections}) == 2

@@ -113,7 +113,7 @@ def auroc(scores: np.ndarray, labels: np.ndarray) -> float | None:
     ----------
     scores : array (n,)
         Finite floats.
-    labels : array (n,) of bool
+    labels : array (n,) of bool, or of 0 and 1
         True where anomalous.
 
     Returns
@@ -126,6 +126,7 @@ def auroc(scores: np.ndarray, labels: np.ndarray) -> float | None:
     >>> auroc(np.array([0.1, 0.4, 0.4, 0.8]), np.array([False, False, True, True]))
     0.875
     """
+    labels = np.asarray(labels, bool)  # whole numbers would be taken for places
     if labels.all() or not labels.any():
         return None
     f0, f1 = _false_positive_rates(scores[labels], np.sort(scores[~labels]))

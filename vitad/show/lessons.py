@@ -200,13 +200,16 @@ def rebuilt(
     rows: Mapping[str, np.ndarray],
     titles: Sequence[str],
     masks: np.ndarray | None = None,
-    limits: Limits | Mapping[str, Limits] = (0.0, 0.05),
+    limits: Limits | Mapping[str, Limits] | None = (0.0, 0.05),
     bar: str = "squared error",
 ) -> Figure:
     """Rows of pictures (n,3,H,W) and of maps (n,h,w), one column an image.
 
-    All maps share one colour scale, or each row has its own: `limits` is then {row: (low, high)}.
+    All maps share one colour scale, or each row has its own: `limits` is then {row: (low, high)}, or None for the
+    lowest value and the highest but for 0.2 %.
     """
+    if limits is None:
+        limits = {name: (v.min(), float(np.quantile(v, 0.998))) for name, v in rows.items() if v.ndim == 3}
     n = len(titles)
     side = (WIDTH - 0.8) / n
     fig, axes = plt.subplots(len(rows), n, figsize=(WIDTH, len(rows) * side + 0.3), layout="constrained", squeeze=False)
@@ -291,35 +294,7 @@ def strips(
     return fig
 
 
-def terms(
-    pictures: Mapping[str, np.ndarray],
-    maps: Mapping[str, np.ndarray],
-    masks: np.ndarray | None,
-    titles: Sequence[str],
-    width: float = WIDTH,
-) -> Figure:
-    """Rows of pictures (n,3,H,W), below them rows of maps (n,H,W), each row of maps on a scale of its own."""
-    n, rows = len(titles), len(pictures) + len(maps)
-    side = (width - 1.2) / n
-    fig, axes = plt.subplots(rows, n, figsize=(width, rows * side + 0.3), layout="constrained", squeeze=False)
-    for i, (name, values) in enumerate({**pictures, **maps}.items()):
-        mask_of = [None] * n if masks is None else list(masks)
-        for j, axis in enumerate(axes[i]):
-            if name in pictures:
-                show(axis, values[j].clip(0, 1), mask_of[j] if i == 0 else None)
-            else:
-                drawn = axis.imshow(values[j], HEAT, vmin=values.min(), vmax=np.quantile(values, 0.998))
-                outline(axis, mask_of[j], "white", 0.7)
-            blank(axis)
-        axes[i, 0].set_ylabel(name)
-        if name in maps:
-            fig.colorbar(drawn, ax=axes[i], shrink=0.9, aspect=12, extend="max")
-    for axis, title in zip(axes[0], titles, strict=True):
-        axis.set_title(title)
-    return fig
-
-
-def steps(found: pd.DataFrame) -> Figure:
+def differences(found: pd.DataFrame) -> Figure:
     """Differences with their intervals, one panel a metric, from `vitad.evidence.contrasts`.
 
     Coloured: the interval excludes 0. Full dots: so it does after the correction. Crosses: printed differences.
@@ -380,23 +355,6 @@ def histograms(values: Mapping[str, Sequence[float]], xlabel: str, limits: Limit
         axis.hist(numbers, np.linspace(*limits, 31), label=name, color=colour, alpha=0.75)
     axis.set(xlabel=xlabel, ylabel=ylabel)
     axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
-    return fig
-
-
-def differences(found: Mapping[str, Mapping[str, tuple[float, float, float]]], xlabel: str) -> Figure:
-    """{metric: {row: (difference, low, high)}}, four metrics: dots with their intervals, a line at zero."""
-    rows = list(next(iter(found.values())))[::-1]
-    fig, axes = plt.subplots(2, 2, figsize=(WIDTH, 1.1 + 0.56 * len(rows)), layout="constrained", sharey=True)
-    for axis, (metric, panel) in zip(axes.flat, found.items(), strict=True):
-        axis.axvline(0, color="#888888", lw=0.8)
-        for y, row in enumerate(rows):
-            value, low, high = panel[row]
-            axis.hlines(y, low, high, color=BLUE, lw=1.6)
-            axis.plot(value, y, "o", color=BLUE, ms=5)
-        axis.set_title(metric)
-        axis.set(yticks=range(len(rows)), yticklabels=rows, ylim=(-0.6, len(rows) - 0.4))
-        axis.locator_params(axis="x", nbins=5)
-    fig.supxlabel(xlabel, fontsize=9)
     return fig
 
 
