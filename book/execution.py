@@ -59,6 +59,9 @@ class Task:
     done: Path  # the finished notebook
     parameters: dict = field(default_factory=dict)
     metadata: dict = field(default_factory=dict)  # for the finished notebook
+    finish: Callable[[nbformat.NotebookNode], nbformat.NotebookNode] = lambda nb: (
+        nb
+    )  # a last change, before it is written
     kernel: int | None = None  # process id
 
 
@@ -149,7 +152,7 @@ def execute(task: Task) -> str | None:
         finally:
             task.kernel = None
     nb.metadata.update(task.metadata)
-    nbformat.write(tidy(nb, task.folder), partial)
+    nbformat.write(task.finish(tidy(nb, task.folder)), partial)
     task.done.parent.mkdir(exist_ok=True)
     replace(partial, task.done)
     return None

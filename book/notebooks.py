@@ -224,13 +224,12 @@ def main(arguments: list[str]) -> None:
     for path in chosen(given.get("only"), given.get("all", False)):
         folder = BUILD / "notebooks" / path.stem
         shutil.rmtree(folder, ignore_errors=True)
-        tasks.append(Task(path, folder, path, metadata={"vitad": {"sources": sources(nbformat.read(path, 4))}}))
+        metadata = {"vitad": {"sources": sources(nbformat.read(path, 4))}}
+        tasks.append(Task(path, folder, path, metadata=metadata, finish=with_small_pictures))
     if not tasks:
         print("notebooks: all are up to date")
         return
     failures = execute_all(tasks, given.get("jobs"), len(tasks), go_on=True)
-    for task in tasks:
-        nbformat.write(with_small_pictures(nbformat.read(task.done, 4)), task.done)
     if failures:
         sys.exit(f"notebooks: {len(failures)} of {len(tasks)} failed and are as before; the others are written")
 

@@ -317,7 +317,7 @@ def differences(found: pd.DataFrame) -> Figure:
             axis.plot(step.get("printed", np.nan), y, "x", color=RED, ms=6)
         axis.set_title(metric)
         axis.tick_params(axis="x", labelsize=7)
-        axis.locator_params(axis="x", nbins=4)
+        axis.locator_params(axis="x", nbins=3)
     axes[0, 0].set(yticks=range(len(rows)), yticklabels=rows, ylim=(len(rows) - 0.5, -0.5))
     return fig
 
