@@ -59,9 +59,7 @@ class Task:
     done: Path  # the finished notebook
     parameters: dict = field(default_factory=dict)
     metadata: dict = field(default_factory=dict)  # for the finished notebook
-    finish: Callable[[nbformat.NotebookNode], nbformat.NotebookNode] = lambda nb: (
-        nb
-    )  # a last change, before it is written
+    finish: Callable = lambda nb: nb  # notebook -> notebook: the last change before it is written
     kernel: int | None = None  # process id
 
 
