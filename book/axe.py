@@ -13,7 +13,7 @@ import tarfile
 from html import unescape
 from pathlib import Path
 
-from chromium import browser
+from browsers import browser
 from execution import BUILD, options
 from tqdm import tqdm
 

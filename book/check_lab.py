@@ -1,16 +1,16 @@
-"""Paint on the lab page that `make book` has built, with the mouse and with the keyboard, in headless Chromium.
+"""Paint on the lab page that `make book` has built, with the mouse and with the keyboard, in a headless browser.
 
-    python book/check_lab.py [CHROMIUM=/path/to/chromium] [PICTURES=folder]
+    python book/check_lab.py [BROWSER=firefox] [PICTURES=folder]
 
 Once from a file and once from a server whose root lies above the book. Every method is loaded; its map has to rise at
 least threefold below the stroke; no request leaves the page's own address, and nothing is reported in the console.
-PICTURES gets screenshots, wide and narrow, light and dark.
+BROWSER is Chromium where none is named. PICTURES gets its screenshots, wide and narrow, light and dark.
 """
 
 import sys
 from pathlib import Path
 
-from chromium import Chromium, browser, served
+from browsers import Page, browser, opened, served
 from execution import BUILD, options
 
 RISE = 3  # mean of a map below the stroke, after it against before
@@ -40,7 +40,7 @@ BELOW = f"""(() => {{  // mean of each map below the last stroke
 }})()"""
 
 
-def paint(page: Chromium, kind: str, size: int, brightness: int, points: tuple[tuple[float, float], ...]) -> None:
+def paint(page: Page, kind: str, size: int, brightness: int, points: tuple[tuple[float, float], ...]) -> None:
     """A stroke of the mouse, and wait until every method has looked at it."""
     page.evaluate(f"document.querySelector('#lab input[value={kind}]').click()")
     for place, value in enumerate((size, brightness)):
@@ -49,7 +49,7 @@ def paint(page: Chromium, kind: str, size: int, brightness: int, points: tuple[t
     page.wait(QUIET)
 
 
-def check(page: Chromium, address: str, own: str) -> dict[str, float]:
+def check(page: Page, address: str, own: str) -> dict[str, float]:
     """How much each map rises below a stroke of the mouse. Ends with a message where the page fails."""
     page.open(address)
     page.wait(LAB)
@@ -89,13 +89,13 @@ def check(page: Chromium, address: str, own: str) -> dict[str, float]:
     return rise
 
 
-def main(chromium: str, html: Path, pictures: Path | None) -> None:
+def main(program: str, html: Path, pictures: Path | None) -> None:
     file = html / "book" / "lab.html"
     if not (html / "_static" / "lab" / "index.js").exists():
         sys.exit("lab: the page is not there. `make book` builds it.")
     server = served(html.parent)
     root = f"http://127.0.0.1:{server.server_port}/"
-    with Chromium(chromium) as page:
+    with opened(program) as page:
         for address, own in ((file.as_uri(), "file://"), (f"{root}{html.name}/book/lab.html", root)):
             rise = check(page, address, own)
             print(f"lab: {address}: " + ", ".join(f"{name} {by:.1f}-fold" for name, by in rise.items()))
@@ -115,5 +115,5 @@ def main(chromium: str, html: Path, pictures: Path | None) -> None:
 
 
 if __name__ == "__main__":
-    given = options("lab", sys.argv[1:], {"chromium": str, "pictures": Path})
-    main(browser(given.get("chromium")), BUILD / "html", given.get("pictures"))
+    given = options("lab", sys.argv[1:], {"browser": str, "pictures": Path})
+    main(browser(given.get("browser"), "BROWSER"), BUILD / "html", given.get("pictures"))

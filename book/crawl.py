@@ -1,9 +1,10 @@
 """Walk through the pages that `make book` has built, as a reader would who finds them below a path of some host.
 
-    python book/crawl.py [CHROMIUM=/path/to/chromium] [ONLY="anovit metrics"]
+    python book/crawl.py [BROWSER=firefox] [ONLY="anovit metrics"]
 
-Every link and picture has to lead to a file, and to a place in it, that is there. Then Chromium opens each page on a
-wide window and on a phone. No page may ask another host, report a problem to the console, or be wider than its window.
+Every link and picture has to lead to a file, and to a place in it, that is there. Then a browser, Chromium where none
+is named, opens each page on a wide window and on a phone. No page may ask another host, report a problem to the
+console, or be wider than its window.
 """
 
 import sys
@@ -12,7 +13,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urldefrag, urlsplit
 
-from chromium import Chromium, browser, served
+from browsers import browser, opened, served
 from execution import BUILD, options
 from tqdm import tqdm
 
@@ -59,7 +60,7 @@ def broken(page: Path, html: Path) -> list[str]:
     return wrong
 
 
-def main(chromium: str, html: Path, only: list[str]) -> None:
+def main(program: str, html: Path, only: list[str]) -> None:
     pages = [p for p in sorted(html.rglob("*.html")) if not only or p.stem in only]
     if not pages:
         sys.exit("crawl: no page is there. `make book` builds them.")
@@ -67,7 +68,7 @@ def main(chromium: str, html: Path, only: list[str]) -> None:
     visited = [p for p in pages if p.relative_to(html).parts[0] in ("book", "notebooks")]
     server = served(html.parent)
     root = f"http://127.0.0.1:{server.server_port}/"
-    with Chromium(chromium) as browser_window:
+    with opened(program) as browser_window:
         for page in tqdm(visited, "crawl", unit="page"):
             name = page.relative_to(html)
             for width in WIDTHS:
@@ -83,5 +84,5 @@ def main(chromium: str, html: Path, only: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    given = options("crawl", sys.argv[1:], {"chromium": str, "only": str.split})
-    main(browser(given.get("chromium")), (BUILD / "html").resolve(), given.get("only", []))
+    given = options("crawl", sys.argv[1:], {"browser": str, "only": str.split})
+    main(browser(given.get("browser"), "BROWSER"), (BUILD / "html").resolve(), given.get("only", []))

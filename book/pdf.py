@@ -12,8 +12,8 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import yaml
+from browsers import browser
 from build import pages_of
-from chromium import browser
 from execution import BUILD, ROOT, options
 from pypdf import PdfWriter
 from tqdm import tqdm

@@ -18,14 +18,17 @@ from vitad.export import to_onnx
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "book"))
+import browsers  # noqa: E402
 import check_lab  # noqa: E402
-import chromium  # noqa: E402
 import lab  # noqa: E402
 
 PAGE = """<!doctype html><meta charset="utf-8"><title>The lab</title><link rel="icon" href="data:,">
 <div id="lab"></div><script src="../_static/lab.js"></script>"""
 needs_chromium = pytest.mark.skipif(
-    not any(map(shutil.which, chromium.NAMES)), reason="needs Chromium: apt install chromium"
+    not any(map(shutil.which, browsers.NAMES)), reason="needs Chromium: apt install chromium"
+)
+needs_firefox = pytest.mark.skipif(
+    not any(map(shutil.which, browsers.FIREFOX)), reason="needs Firefox: apt install firefox-esr"
 )
 
 
@@ -143,15 +146,17 @@ def site(tmp_path_factory, exported):
     return html
 
 
-@needs_chromium
+@pytest.mark.parametrize(
+    "asked", [pytest.param(None, marks=needs_chromium, id="chromium"), pytest.param("firefox", marks=needs_firefox)]
+)
 @pytest.mark.parametrize("way", ["file", "server"])
-def test_it_computes_in_the_browser_what_python_computes(site, way):
-    server = chromium.served(site.parent)
+def test_it_computes_in_the_browser_what_python_computes(site, way, asked):
+    server = browsers.served(site.parent)
     address = {
         "file": (site / "book" / "lab.html").as_uri(),
         "server": f"http://127.0.0.1:{server.server_port}/html/book/lab.html",
     }[way]
-    with chromium.Chromium(chromium.browser(None)) as page:
+    with browsers.opened(browsers.browser(asked)) as page:
         page.open(address)
         page.wait(check_lab.LAB)
         page.evaluate("document.querySelector('.lab-load').click()")
@@ -182,7 +187,7 @@ def test_files_of_another_format_and_missing_ones_are_named(site, tmp_path):
     html = shutil.copytree(site, tmp_path / "html")
     model, index = (html / "_static" / "lab" / name for name in ("l2cae.js", "index.js"))
     model.write_bytes(model.read_bytes().decode("utf-16").replace('"format": 1', '"format": 7').encode("utf-16"))
-    with chromium.Chromium(chromium.browser(None)) as page:
+    with browsers.opened(browsers.browser(None)) as page:
         page.open((html / "book" / "lab.html").as_uri())
         page.wait(check_lab.LAB)
         page.evaluate("document.querySelector('.lab-load').click()")

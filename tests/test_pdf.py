@@ -10,7 +10,7 @@ from pypdf import PdfReader
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "book"))
-import chromium  # noqa: E402
+import browsers  # noqa: E402
 import pdf  # noqa: E402
 
 CONTENTS = {"root": "book/one", "parts": [{"chapters": [{"file": "book/two"}]}]}
@@ -23,10 +23,10 @@ def write(html):
         page.write_text(f"<title>Page {name} &#8212; the book</title><svg><title>a drawing</title></svg><p>Text {name}")
 
 
-@pytest.mark.skipif(not any(map(shutil.which, chromium.NAMES)), reason="needs Chromium: apt install chromium")
+@pytest.mark.skipif(not any(map(shutil.which, browsers.NAMES)), reason="needs Chromium: apt install chromium")
 def test_every_page_is_printed_in_the_order_of_the_contents(tmp_path, capsys):
     write(tmp_path)
-    pdf.main(chromium.browser(None), tmp_path, CONTENTS, tmp_path / "book.pdf")
+    pdf.main(browsers.browser(None), tmp_path, CONTENTS, tmp_path / "book.pdf")
     whole = PdfReader(tmp_path / "book.pdf")
     assert [page.extract_text().split() for page in whole.pages] == [["Text", "one"], ["Text", "two"]]
     assert [item.title for item in whole.outline] == ["Page one", "Page two"]
