@@ -4,6 +4,7 @@
     python book/pictures.py compare [RUNS]     results/compare.png: one defect of each data set, as every method maps it
     python book/pictures.py inside RUN         results/inside/METHOD-*.jpg: what happens inside a trained method
     python book/pictures.py damage             results/inside/*.jpg: damage painted onto good images
+    python book/pictures.py families [RUNS]    results/inside/family-*.jpg: the same bottles, as each family maps them
 
 Images come from `VITAD_DATA`, maps from the finished runs below RUNS (default `runs`): of each method the one with the
 lowest seed, without overrides, of the preset that its page quotes. results/compare.npz keeps the maps that are drawn,
@@ -39,6 +40,14 @@ PRESETS = ("small", "small_dinov2", "near")  # the first that was run
 MVTEC = "{}: MVTec AD, Bergmann et al. 2019, CC BY-NC-SA 4.0, resized, outlines added."
 TILES = "Tile{}: Huang et al. 2020, magnetic tiles."
 Place = tuple[str, str | None, str]  # data set, category, image
+FAMILIES = {  # as notebooks/families.ipynb sorts them
+    "pixels": ("l2cae", "aessim", "vae", "fanogan", "vtadl", "anovit", "vitmem"),
+    "damage": ("draem", "mala", "ssltok"),
+    "density": ("padim", "patchknn", "psvdd"),
+    "students": ("mkd", "cflow"),
+    "features": ("dfr", "uniad", "dinomaly"),
+}
+BOTTLES = ("good/005", "broken_large/010", "broken_small/000", "contamination/000", "contamination/007")
 
 INTRO: dict[str, tuple[Place, Place]] = {  # good, defective
     "bottle": (
@@ -149,6 +158,24 @@ def compare(places: dict[str, Place], maps: dict[str, np.ndarray]) -> Figure:
     bar.ax.set_xticklabels(["median of a method's test pixels", "highest 0.2 %"], fontsize=8)
     fig.supxlabel(f"{MVTEC.format('Bottle, pill, screw')} {TILES.format('')}", fontsize=7)
     return fig
+
+
+def families(records: list[Record]) -> None:
+    """The maps of all members of a family on the same bottles. Each method has its own colour scale."""
+    lessons.style()
+    places: list[Place] = [("mvtec", "bottle", f"bottle/test/{name}.png") for name in BOTTLES]
+    images, masks, kinds = zip(*map(image_of, places), strict=True)
+    for family, members in FAMILIES.items():
+        rows, limits = {"image": np.stack(images)}, {}
+        for method in members:
+            if not (record := run_of(method, places[0], records)):
+                sys.exit(f"no run of {method} on bottle: vitad run {method} --dataset mvtec --category bottle ...")
+            found = read_maps(record["folder"])
+            few = [list(found["paths"]).index(path) for *_, path in places]
+            rows[method], limits[method] = found["maps"][few], plots.heat_range(found["maps"])
+        fig = lessons.rebuilt(rows, [kind.replace("_", " ") for kind in kinds], np.stack(masks), limits)
+        fig.supxlabel(MVTEC.format("Photographs"), fontsize=6)
+        keep(fig, f"family-{family}", 75)
 
 
 # --- inside a method: one function each, {part: figure} of a finished run ------------------------------------------
@@ -412,6 +439,11 @@ def damage() -> None:
     keep(fig, "mala-damage")
 
 
+def finished_runs(given: list[str]) -> list[Record]:
+    """The runs below the folder that is given, or below `runs`, that have maps."""
+    return [r for r in read_records(Path(given[0] if given else "runs")) if (r["folder"] / "maps.npz").exists()]
+
+
 def main(arguments: list[str]) -> None:
     what, *given = arguments or ["nothing"]
     if what == "intro":
@@ -419,8 +451,7 @@ def main(arguments: list[str]) -> None:
     elif what == "compare":
         assert set(ORDER) <= set(methods.METHODS)
         kept = results_folder() / "compare.npz"
-        finished = [r for r in read_records(Path(given[0] if given else "runs")) if (r["folder"] / "maps.npz").exists()]
-        maps = (dict(np.load(kept)) if kept.exists() else {}) | drawn(COMPARE, finished)
+        maps = (dict(np.load(kept)) if kept.exists() else {}) | drawn(COMPARE, finished_runs(given))
         with atomic_write(kept) as temporary, open(temporary, "wb") as file:
             np.savez_compressed(file, **maps)  # type: ignore[arg-type]
         fig = compare(COMPARE, maps)
@@ -430,6 +461,8 @@ def main(arguments: list[str]) -> None:
         return INSIDE[record["method"]](record)
     elif what == "damage":
         return damage()
+    elif what == "families":
+        return families(finished_runs(given))
     else:
         sys.exit(__doc__)
     out = results_folder() / f"{what}.png"
