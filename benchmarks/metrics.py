@@ -15,7 +15,7 @@ import torch
 from scipy.ndimage import gaussian_filter
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-import vitad.backbones  # noqa: F401  (makes torchvision, and so anomalib, importable beside a CPU-only torch)
+from vitad.backbones import import_timm
 from vitad.metrics import evaluate
 
 N, SIDE = 100, 256
@@ -72,6 +72,7 @@ def main() -> None:
         "scikit-learn: pixel AUROC, AP": seconds(sklearn, slow_rounds),
     }
     absent = None
+    import_timm()  # makes torchvision, and so anomalib, importable beside a CPU-only torch
     try:
         from anomalib.metrics.aupro import _AUPRO
         from anomalib.metrics.auroc import _AUROC
