@@ -116,11 +116,11 @@ def test_one_kind_of_defect_has_the_doubt_of_its_test_images():
 
 def test_an_interval_says_which_doubt_it_lacks():
     one = at_least(runs_of("patchknn", seeds=1), "pro", 0.5)
-    assert one.numbers.endswith("1 seed, without the doubt of other seeds")
+    assert one.numbers.endswith("1 seed, not counting what other seeds would change")
     three = runs_of("patchknn", seeds=3)
     assert at_least(three, "pro", 0.5).numbers.endswith("3 seeds")
     bare = replace(three, records=tuple({k: v for k, v in r.items() if k != "folder"} for r in three.records))
-    assert at_least(bare, "pro", 0.5).numbers.endswith("3 seeds, without the doubt of the test images")
+    assert at_least(bare, "pro", 0.5).numbers.endswith("3 seeds, not counting what other test images would change")
 
 
 def test_parts_that_add_up():

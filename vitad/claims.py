@@ -289,8 +289,8 @@ def _shown(runs: Runs, metric: str, title: bool = True) -> str:
 
 
 def _sources(found: Estimate | Difference) -> str:
-    """How many seeds an interval rests on, and which doubt is not in it."""
-    lacking = f", without the doubt of {'other seeds' if found.n_seeds == 1 else 'the test images'}"
+    """How many seeds an interval rests on, and what it leaves out."""
+    lacking = f", not counting what other {'seeds' if found.n_seeds == 1 else 'test images'} would change"
     return _seeds(found.n_seeds) + ("" if found.complete else lacking)
 
 
