@@ -15,15 +15,15 @@ def test_every_setting_is_the_sources_or_in_the_table(method):
     beside = comments(settings)
     assert list(beside) == [field.name for field in fields(settings)]
     table = departures(Request(method, preset="paper"))
-    assert set(table["departs"]) <= {"left open: ours"}  # nothing is changed from itself
+    assert set(table["departs"]) <= {"ours"}  # nothing is changed from itself
     assert set(beside) - set(table.index) == {name for name, comment in beside.items() if not is_ours(comment)}
 
 
 def test_the_table_shows_what_the_preset_changes_and_what_the_paper_leaves_open():
     table = departures(Request("vitmem", preset="demo", overrides={"items": 20}))
     assert table.loc["image_size"].tolist() == ["384", "96", "changed here", "sec. 4.2"]
-    assert table.loc["items"].tolist() == ["100", "20", "left open: ours, changed here", "ours: N is not given"]
-    assert table.loc["lambda_ssim", "departs"] == "left open: ours"
+    assert table.loc["items"].tolist() == ["100", "20", "ours, changed here", "ours: N is not given"]
+    assert table.loc["lambda_ssim", "departs"] == "ours"
     assert "lambda_ent" not in table.index  # sec. 4.2, and unchanged
 
 

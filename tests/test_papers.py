@@ -426,8 +426,8 @@ def test_anovit_is_counted_against_the_convolutions():
     assert set(frame["column"]) == {"AnoViT", "L2-CAE"}
     lines = layout.remarks(Reproduction("anovit-mvtec"), frame)
     assert lines[1:] == [
-        "AnoViT as reported: above L2-CAE in 9 of 15 categories, equal in 2.",
-        "AnoViT as reproduced: above L2-CAE in 2 of 15 categories, equal in 13.",
+        "AnoViT as reported, by the higher number: above L2-CAE in 9 of 15 categories, equal in 2.",
+        "AnoViT as reproduced, by the higher number: above L2-CAE in 2 of 15 categories, equal in 13.",
     ]
 
 

@@ -121,9 +121,11 @@ def remarks(table: Reproduction, frame: pd.DataFrame) -> list[str]:
             wide = frame[frame["category"] != AVERAGE].pivot(index="category", columns="column", values=kind)
             wide = wide.reindex(columns=list(printed.ahead)).dropna()
             first, second = (wide[c] for c in printed.ahead)
-            count = f"above {second.name} in {(first > second).sum()} of {len(wide)} categories"
-            count += f", equal in {(first == second).sum()}"
-            lines.append(f"{first.name} as {kind}: {count if len(wide) else 'no categories to count'}.")
+            more, same = (first > second).sum(), (first == second).sum()
+            count = f"above {second.name} in {more} of {len(wide)} categories, equal in {same}"
+            if not len(wide):
+                count = "no categories to count"
+            lines.append(f"{first.name} as {kind}, by the higher number: {count}.")
     return lines
 
 

@@ -32,7 +32,7 @@ def departures(request: Request) -> pd.DataFrame:
     rows = {}
     for name, comment in comments(module.Settings).items():
         differs = request.settings[name] != paper[name]
-        departs = ["left open: ours"] * is_ours(comment) + ["changed here"] * differs
+        departs = ["ours"] * is_ours(comment) + ["changed here"] * differs
         if departs:
             values = (_shown(paper[name]), _shown(request.settings[name]))
             rows[name] = dict(zip(COLUMNS, (*values, ", ".join(departs), comment), strict=True))

@@ -248,7 +248,7 @@ def memory_autoencoder(size: int, patch: int, width: int, depth: int, items: int
     d.box(20, 237, 178, 60, "compare", f"anomaly map, {size} × {size}", GREEN)
     d.arrow([(68, 166), (68, 233)])
     d.arrow([(494, 162), (494, 192), (150, 192), (150, 233)], dashed=True)
-    d.text(320, 186, "entropy: how undecided was the memory?", 13)
+    d.text(320, 186, "entropy: are the weights spread evenly?", 13)
     alt = (
         f"An image passes a ViT of {depth} blocks and becomes features of {grid}. A memory of {items} items replaces "
         "them by mixtures of its items. Coordinate attention weighs rows and columns, a decoder draws the image, which "

@@ -134,7 +134,7 @@ def panels(rows: Mapping[str, Sequence[Record]]) -> tuple[dict[str, dict], dict[
 def intervals(rows: Mapping[tuple[str, ...], Sequence[Record]]) -> pd.DataFrame:
     """One line a kind of run: number of seeds, and each metric as `mean [low, high]` with its interval of 95 %.
 
-    The interval holds the doubt of the seeds, where there are several, and that of the test images; one without the
+    The interval counts what other seeds, where there are several, and other test images would change; one without the
     latter is marked with `*`. Where neither is known there is none. A metric that guessing would give as well is said
     to be *at chance*: the interval holds 0.5 for an AUROC, and half of its limit for PRO (random scores give a straight
     line of slope 1). Pixel AP has no such mark, since its chance level is the share of defective pixels in the images.
