@@ -102,6 +102,17 @@ def test_one_category_and_one_kind_of_a_model_of_all():
     assert all_stains.records[0]["metrics"] != stains.records[0]["metrics"]
 
 
+def test_a_model_of_all_categories_is_not_compared_with_one_of_gears():
+    every, gears = runs_of("mala"), runs_of("ssltok")
+    with pytest.raises(UserError, match="ssltok and mala are tested on toy/gear and toy/all; see `of_category`"):
+        above(gears, every, "pro")
+    assert above(gears, of_category(every, "toy/gear"), "pro").holds
+    with pytest.raises(UserError, match=r"ssltok \(stain\) and mala \(stain\) are tested on toy/gear and toy/all"):
+        above(of_kind(gears, "stain"), of_kind(every, "stain"), "image_auroc")
+    bores, of_the_gears = of_kind(runs_of("patchknn"), "misplaced"), of_kind(every, "misplaced", "gear")
+    assert above(bores, of_the_gears, "image_auroc").holds
+
+
 def test_one_kind_of_defect_has_the_doubt_of_its_test_images():
     missing, scratches = (of_kind(runs_of("anovit"), kind) for kind in ("missing", "scratch"))
     assert missing.name == "anovit (missing)"

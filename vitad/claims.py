@@ -30,10 +30,14 @@ from vitad.show.tables import by_kind, core_minutes
 
 @dataclass(frozen=True)
 class Runs:
-    """The committed runs of one request with all their seeds, and what to call them."""
+    """The committed runs of one request with all their seeds, and what to call them.
+
+    `category` is the one that they were tested on, where it is not that of the request, such as `toy/gear`.
+    """
 
     name: str
     records: tuple[Record, ...]
+    category: str = ""
 
 
 @dataclass(frozen=True)
@@ -138,12 +142,12 @@ def of_kind(runs: Runs, kind: str, category: str | None = None) -> Runs:
     for r in runs.records:
         resamples = image_resamples_from_scores(r["folder"], kind, category)
         found.append(r | {"metrics": {"image_auroc": by_kind(r, category).get(kind)}, "resamples": resamples})
-    return Runs(f"{runs.name} ({kind})", tuple(found))
+    return Runs(f"{runs.name} ({kind})", tuple(found), category or runs.category)
 
 
 def of_category(runs: Runs, category: str) -> Runs:
     """The same runs over several categories, tested on one of them, such as `toy/gear`."""
-    return Runs(f"{runs.name} ({category})", tuple(record_of_category(r, category) for r in runs.records))
+    return Runs(f"{runs.name} ({category})", tuple(record_of_category(r, category) for r in runs.records), category)
 
 
 def above(first: Runs, second: Runs, metric: str) -> Evidence:
@@ -260,8 +264,22 @@ def _compared(first: Runs, second: Runs, metric: str, verdict: str) -> Evidence:
     return _of_difference(found.verdict == verdict, found, first, second, metric)
 
 
+def _tested_on(runs: Runs) -> str:
+    """Data set and category of the test images; a category alone, such as `gear`, is one of the runs' data set."""
+    (of_request,) = {(r["dataset"], r["category"]) for r in runs.records}
+    dataset, category = of_request
+    return runs.category if "/" in runs.category else f"{dataset}/{runs.category or category}"
+
+
 def _common_seeds(first: Runs, second: Runs) -> tuple[Runs, Runs]:
-    """Both without the seeds that only one has, since a difference is paired; as they are where none is common."""
+    """Both without the seeds that only one has, since a difference is paired; as they are where none is common.
+
+    Categories of one model may be compared with each other. Runs of different models have to be tested on the same.
+    """
+    tested = [_tested_on(runs) for runs in (first, second)]
+    of_one_model = {hash_of(r) for r in first.records} & {hash_of(r) for r in second.records}
+    if tested[0] != tested[1] and not of_one_model:
+        raise UserError(f"{first.name} and {second.name} are tested on {' and '.join(tested)}; see `of_category`")
     common = {r["seed"] for r in first.records} & {r["seed"] for r in second.records}
     if not common:
         return first, second

@@ -13,7 +13,7 @@ import pandas as pd
 from vitad import methods
 from vitad.runs import Request
 
-COLUMNS = ["paper", "here", "departs", "beside it in the code"]
+COLUMNS = ["paper", "here", "departs", "comment in our code"]
 OURS = re.compile(r"\bours\b")
 SOURCE = re.compile(r"\b(sec\.|Eq\.|Table|Fig\.|abstract|code|fork|log|et al\.|AnomalyDINO|PatchCore)")
 
