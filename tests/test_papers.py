@@ -574,7 +574,7 @@ def test_an_estimate_has_a_basis_or_says_that_it_has_none():
     other += [record(Request("vitmem", "mvtec", "bottle", preset="paper", overrides={"image_size": 128}))]
     assert estimate(asked, other) == (
         None,
-        "an epoch on toy gives a basis: vitad run vitmem --preset paper --set epochs=1 --out runs/pace-vitmem",
+        "for a measured time, run one epoch on toy: vitad run vitmem --preset paper --set epochs=1 --out runs/pace-vitmem",
     )
     unknown = Request("vitmem", "folder", preset="paper")
     assert "images of folder is not known" in estimate(unknown, [record(asked)])[1]
@@ -677,7 +677,7 @@ def test_a_table_without_its_data_lists_runs_and_says_what_it_needs(table):
     assert single in text
     assert text.splitlines()[1].startswith("data: 'btad' is not at hand")  # the cause before its effects
     assert "unknown so far\n  about " in text and "by counted operations: vitad plan vitmem --preset paper" in text
-    assert "\n  an epoch on toy gives a basis: vitad run vitmem" in text and "cells are empty" in text
+    assert "\n  for a measured time, run one epoch on toy: vitad run vitmem" in text and "cells are empty" in text
     (number,) = printed.table("yang2024-5").query("category == '02' and method == 'Ours'")["value_percent"][:1]
     assert re.search(rf"^02 +{number}( |$)", text, re.M)
     assert table("yang2024-5", "--category", "01,02", "--out", "here")[0] == 0

@@ -27,7 +27,7 @@ def estimate(request: Request, records: Iterable[Record]) -> tuple[float | None,
     if not same:
         once = "".join(f" {k}=1" for k in settings if k.endswith("epochs"))
         words = f"vitad run {request.method} --preset {request.preset}{once and ' --set'}{once}"
-        return None, f"an epoch on toy gives a basis: {words} --out runs/pace-{request.method}"
+        return None, f"for a measured time, run one epoch on toy: {words} --out runs/pace-{request.method}"
     counts = n_images(request, records)
     if counts is None:
         return None, f"the number of images of {request.dataset} is not known before the first run"
