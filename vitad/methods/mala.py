@@ -54,7 +54,7 @@ class Settings:
     pipeline: Literal["e2e", "recon"] = "e2e"  # sec. IV-E; recon: the map is the error of the reconstruction
     # stage 1
     stage1: bool = True  # sec. IV-E; off: weights as they come
-    stage1_encoder: bool = True  # sec. III-A; ours, off: features that no MAE made stay, decoder and PLPM learn alone
+    stage1_encoder: bool = True  # sec. III-A: on; ours, off: an encoder that no MAE made stays frozen
     stage1_images: int = 200  # sec. IV-C, of each category; 0 takes all
     resample_each_epoch: bool = False  # ours: sec. IV-C's "in each epoch" may mean other images each time
     stage1_epochs: int = 2000  # sec. IV-C
