@@ -306,7 +306,9 @@ def test_leads_over_uniad_as_its_authors_publish_it():
     means = {m: numbers.by_method(M1, m).loc["average", ["Ours", "UniAD"]] for m in (PIXEL, IMAGE)}
     for metric, published in ((PIXEL, 97.0), (IMAGE, 97.6)):
         name, (ours, stated) = METRICS[metric].removesuffix(" AUROC"), means[metric]
-        assert f"{name} AUROC of {published}" in text and f"{stated}" in statements.loc["Table 1, column UniAD", "stated"]
+        assert (
+            f"{name} AUROC of {published}" in text and f"{stated}" in statements.loc["Table 1, column UniAD", "stated"]
+        )
         assert f"by {ours - published:.1f}" in text and f"not {ours - stated:.1f}" in text
 
 

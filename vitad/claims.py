@@ -197,7 +197,7 @@ def above_on_average(firsts: list[Runs], seconds: list[Runs], metric: str) -> Ev
     terms = [(sign * k, runs) for sign, side in ((1, firsts), (-1, seconds)) for k, runs in enumerate(side, 1)]
     weights = {str(k): math.copysign(1 / len(firsts), k) for k, _ in terms}
     d = contrast({str(k): runs.records for k, runs in terms}, weights, metric)
-    what = f"mean of {len(firsts)}: {', '.join(r.name for r in firsts)} − {', '.join(r.name for r in seconds)}"
+    what = " minus ".join(f"mean of {', '.join(r.name for r in side)}" for side in (firsts, seconds)) + ":"
     numbers = f"{METRICS[metric]}, {what} {d.value:+.3f} [{d.low:+.3f}, {d.high:+.3f}], {_sources(d)}"
     return _evidence(d.verdict == "above", numbers, *firsts, *seconds)
 
