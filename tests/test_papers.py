@@ -574,7 +574,8 @@ def test_an_estimate_has_a_basis_or_says_that_it_has_none():
     other += [record(Request("vitmem", "mvtec", "bottle", preset="paper", overrides={"image_size": 128}))]
     assert estimate(asked, other) == (
         None,
-        "for a measured time, run one epoch on toy: vitad run vitmem --preset paper --set epochs=1 --out runs/pace-vitmem",
+        "for a measured time, run one epoch on toy: "
+        "vitad run vitmem --preset paper --set epochs=1 --out runs/pace-vitmem",
     )
     unknown = Request("vitmem", "folder", preset="paper")
     assert "images of folder is not known" in estimate(unknown, [record(asked)])[1]
