@@ -661,7 +661,7 @@ def test_a_table_of_committed_records_is_filled(table, tmp_path):
         and "12 needed, 12 there, 0 missing" in text
         and "reproduced with (preset; hardware): demo; " in text
     )
-    assert re.search(r"^Base \+ M +85\.7 +\d\d\.\d ± \d\.\d +3 .* other data$", text, re.M)
+    assert re.search(r"^Base \+ M +85\.7 +\d\d\.\d\s±\s\d\.\d +3 .* other data$", text, re.M)
     stem = tmp_path / "runs" / "tables" / "yang2024-6-toy-demo"
     frame = pd.read_csv(f"{stem}.csv")
     assert list(frame.columns) == list(COLUMNS) and frame["reproduced"].notna().all()

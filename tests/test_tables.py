@@ -52,7 +52,7 @@ def test_a_table_has_a_line_a_run(toy_root, tmp_path):
 def test_a_table_over_seeds_shows_mean_and_spread():
     rows = tables.over_seeds(RECORDS).set_index(["method", "data"])
     assert rows["seeds"].to_dict() == {("a", "mt grouped"): 3, ("a", "mt differnet"): 1, ("b", "mt grouped"): 1}
-    assert rows.loc[("a", "mt grouped"), "image AUROC"] == "0.800 ± 0.100"
+    assert rows.loc[("a", "mt grouped"), "image AUROC"] == "0.800\u00a0±\u00a00.100"
     assert rows.loc[("a", "mt differnet"), "image AUROC"] == "0.950"
     assert rows.loc[("b", "mt grouped"), "PRO"] == "–"
 
@@ -70,7 +70,7 @@ def test_one_model_for_all_stands_beside_one_for_each_category():
     gear = {"image_auroc": 0.7, "pixel_auroc": 0.8, "pixel_ap": 0.2, "pro": 0.5}
     single = {"method": "a", "dataset": "toy", "category": "gear", "metrics": gear}
     shown = tables.by_category([multi(0, gear), multi(1, gear | {"image_auroc": 0.9}), single])
-    assert shown.loc[("toy/gear", "a", "toy/all"), "image AUROC"] == "0.800 ± 0.141"
+    assert shown.loc[("toy/gear", "a", "toy/all"), "image AUROC"] == "0.800\u00a0±\u00a00.141"
     assert shown.loc[("toy/gear", "a", "toy/gear"), "image AUROC"] == "0.700"
     assert shown["seeds"].tolist() == [2, 2, 1] and shown.loc[("toy/weave", "a", "toy/all"), "PRO"] == "–"
 
@@ -88,7 +88,7 @@ def test_kinds_of_defects_are_told_apart(toy_root, tmp_path):
         part = np.isin(found["defects"], ["good", "stain"])
         figures.append(roc_auc_score(found["labels"][part], found["scores"][part]))
     mean, spread = np.mean(figures), np.std(figures, ddof=1)
-    assert shown.loc[("patchknn", 64), "stain"] == f"{mean:.3f} ± {spread:.3f}"
+    assert shown.loc[("patchknn", 64), "stain"] == f"{mean:.3f}\u00a0±\u00a0{spread:.3f}"
 
 
 def test_kinds_of_defects_of_one_category_among_several(toy_root, tmp_path):
@@ -254,7 +254,9 @@ def test_committed_records_are_found_without_the_data(monkeypatch):
 
 def test_an_ablation_shows_each_variant_beside_what_is_printed():
     shown = tables.ablation({"a": RECORDS[:3], "b": RECORDS[4:]}, {"a": {"image_auroc": 91.2}})
-    assert shown.loc["a", "image AUROC"] == "0.800 ± 0.100" and shown.loc["a", "image AUROC, printed"] == "0.912"
+    assert (
+        shown.loc["a", "image AUROC"] == "0.800\u00a0±\u00a00.100" and shown.loc["a", "image AUROC, printed"] == "0.912"
+    )
     assert shown.loc["b", "image AUROC"] == "0.600" and shown.loc["b", "PRO"] == "–"
     assert shown["seeds"].to_dict() == {"a": 3, "b": 1}
 

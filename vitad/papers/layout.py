@@ -31,7 +31,7 @@ def as_text(frame: pd.DataFrame) -> pd.DataFrame:
             ],
             "recomputed mean": words("recomputed", ".2f"),
             "reproduced": [
-                f"{mean} ± {spread}" if spread else mean
+                f"{mean}\u00a0±\u00a0{spread}" if spread else mean
                 for mean, spread in zip(words("reproduced", ".1f"), words("spread", ".1f"), strict=True)
             ],
             "seeds": [f"{n}" if n else "" for n in frame["seeds"].fillna(0)],

@@ -297,5 +297,5 @@ def _mean_and_spread(values: Sequence[float | None]) -> str:
     numbers = np.array([v for v in values if v is not None], float)
     if len(numbers) < len(values):
         return NOT_DEFINED
-    spread = f" ± {numbers.std(ddof=1):.3f}" if len(numbers) > 1 else ""
+    spread = f"\u00a0±\u00a0{numbers.std(ddof=1):.3f}" if len(numbers) > 1 else ""
     return f"{numbers.mean():.3f}{spread}"
