@@ -59,7 +59,7 @@ class Settings:
     blocks: tuple[int, ...] = (4, 6, 8)  # mean of their outputs, each after the last layer norm
     # damage, see data/synthesis/
     damage: float = 0.5  # probability of an image to be damaged
-    kinds: tuple[str, ...] = ("anything",)  # the kind that knows no data set
+    kinds: tuple[str, ...] = ("anything",)  # the kind that is made for no data set
     mode: Literal["global", "local", "both"] = "both"
     textures: str = "procedural"
     keep_grey: bool = True  # a camera without colour sees no coloured damage
@@ -79,7 +79,7 @@ class Settings:
     seg_width: int = 256
     # training
     epochs: int = 100
-    min_steps: int = 5000  # more epochs where 100 make fewer steps
+    min_steps: int = 5000  # more epochs where `epochs` make fewer steps
     batch_size: int = 16
     lr: float = 1e-3
     weight_decay: float = 0.05  # biases and norms do not decay
