@@ -142,7 +142,7 @@ TABLES = {
         printed="",
         split="mala100",
         dtd=True,
-        note="The levels stood in Table 5, which is lost. The text gives differences in pixel AUROC only: 1.1 points "
+        note="The numbers stood in Table 5, which is lost. The text gives differences in pixel AUROC only: 1.1 points "
         "above CFLOW, 5.6 above DFR.",
     ),
     "mala2023-ksdd2": Table(
@@ -157,8 +157,8 @@ TABLES = {
         printed="yang2024-3",
         others=False,
         ahead=("AnoViT", "L2-CAE"),
-        note="The abstract gives a count alone: above the convolutional baseline in 10 of 15 categories. The levels "
-        "are those of Table 3 of Yang & Guo 2024, second-hand and in whole percents.",
+        note="The abstract gives a count alone: above the convolutional baseline in 10 of 15 categories. The "
+        "printed numbers are those of Table 3 of Yang & Guo 2024, second-hand and in whole percents.",
     ),
     "kimkwon-mvtec": Table("kimkwon2024", "Abstract", "mvtec", _IMAGE, _SSLTOK, printed=ABSTRACTS),
     "kimkwon-btad": Table("kimkwon2024", "Abstract", "btad", _IMAGE, _SSLTOK, printed=ABSTRACTS),
