@@ -4,7 +4,7 @@ Two textures and one object, 192 px, each with exact masks:
 
 * `weave`   coloured cloth;          defects scratch, hole, stain, missing (a thread)
 * `grain`   brushed grey metal;      defects scratch, hole, stain
-* `gear`    a gear wheel on a table; defects scratch, stain, missing (a tooth), misplaced (a bore)
+* `gear`    a gear wheel on a table; defects scratch, stain, missing (a tooth), misplaced (a hole)
 
 They carry quirks that real sets have: `grain` is single-channel, `gear` masks hold the small ids of the
 defect kinds instead of 255. The further category `quirks`, for tests of the loaders, adds images that are not
@@ -180,33 +180,33 @@ def _gear(rng: Generator, defect: str) -> tuple[ndarray, ndarray]:
     turn = rng.uniform(-0.06, 0.06)
     lost = int(rng.integers(12)) if defect == "missing" else None
     moved = int(rng.integers(5)) if defect == "misplaced" else None
-    shape, bores = _gear_shape(centre, turn, lost, moved)
+    shape, holes = _gear_shape(centre, turn, lost, moved)
     table = 0.16 + 0.02 * _smooth_noise(rng, 6)
     metal = 0.62 + 0.05 * _smooth_noise(rng, 3) + 0.12 * np.cos(np.arctan2(*(_GRID - centre[:, None, None])) * 2)
-    solid = gaussian_filter((shape & ~bores).astype(float), 0.8)
+    solid = gaussian_filter((shape & ~holes).astype(float), 0.8)
     image = (table * (1 - solid) + metal * solid) * _light(rng, 0.12)
     tint = np.array([1.0, 0.93, 0.82])
     image = image[..., None] * (tint * solid[..., None] + (1 - solid[..., None]))
     mask = np.zeros((SIDE, SIDE), bool)
     if lost is not None or moved is not None:
-        right_shape, right_bores = _gear_shape(centre, turn)
-        mask = (shape & ~bores) != (right_shape & ~right_bores)
+        right_shape, right_holes = _gear_shape(centre, turn)
+        mask = (shape & ~holes) != (right_shape & ~right_holes)
     return image, mask
 
 
 def _gear_shape(
     centre: ndarray, turn: float, lost: int | None = None, moved: int | None = None
 ) -> tuple[ndarray, ndarray]:
-    """Outline and bores of a gear with 12 teeth and 5 bores; tooth `lost` is missing, bore `moved` misplaced."""
+    """Outline and holes of a gear with 12 teeth and 5 holes; tooth `lost` is missing, hole `moved` misplaced."""
     dy, dx = _GRID - centre[:, None, None]
     radius, angle = np.hypot(dy, dx), (np.arctan2(dy, dx) - turn) % (2 * np.pi)
     tooth = angle * 12 / (2 * np.pi)
     shape = (radius < 68) | ((radius < 80) & (tooth % 1 < 0.5) & (np.floor(tooth) != lost))
-    bores = radius < 16
+    holes = radius < 16
     for k in range(5):
         a = 2 * np.pi * k / 5 + turn + (0.35 if k == moved else 0)
-        bores |= _disc(_GRID, centre + 42 * np.array([np.sin(a), np.cos(a)]), 9)
-    return shape, bores
+        holes |= _disc(_GRID, centre + 42 * np.array([np.sin(a), np.cos(a)]), 9)
+    return shape, holes
 
 
 # --- defects: images in, damaged image and exact mask out -------------------------------------------------
