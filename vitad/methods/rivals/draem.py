@@ -38,12 +38,12 @@ class Settings:
 
     image_size: int = 256  # code
     width: int = 128  # code: channels of the first level of the reconstruction
-    seg_width: int = 64  # code: the same of the segmentation
+    seg_width: int = 64  # code: channels of the first level of the segmentation
     damage: float = 0.5  # code: probability of an image to be damaged
     textures: str = "procedural"  # ours; code: the folder of DTD
     keep_grey: bool = False  # code: paints colour on grey images too
     sspcab: bool = False  # Ristea et al.: True; in place of the lowest level of the reconstruction, as in anomalib
-    sspcab_weight: float = 0.1  # anomalib: of the error of its prediction
+    sspcab_weight: float = 0.1  # anomalib: weight of the prediction error of SSPCAB in the loss
     gamma: float = 2.0  # code: of the focal loss
     epochs: int = 700  # code
     max_steps: int = 0  # ours: fewer epochs where they are more steps than this; 0: no limit

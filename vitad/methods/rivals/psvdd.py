@@ -33,9 +33,9 @@ class Settings:
     """The defaults are those of the authors' code; *ours* marks what differs."""
 
     image_size: int = 256  # code
-    widths: tuple[int, ...] = (32, 64, 128, 128, 64, 32, 32, 64)  # code: of the encoder; patches are 4 px for each
+    widths: tuple[int, ...] = (32, 64, 128, 128, 64, 32, 32, 64)  # code: channels by layer; a patch has 4 px a layer
     strides: tuple[int, int] = (4, 16)  # code, px: between patches of the test image, small and large ones
-    lambda_svdd: float = 1e-3  # code, its read-me: of the distance of near patches; the authors tune it by category
+    lambda_svdd: float = 1e-3  # code, read-me: weight of the distance of near patches; the authors tune it by category
     jitter: float = 0.02  # code: standard deviation of a colour shift of a patch, and of noise on its pixels
     pairs: int = 8  # code: 100 a category and image in an epoch; here 8 in a step
     bank_size: int = 0  # code: all training patches; ours: so many, drawn from all, at each size

@@ -37,9 +37,9 @@ class Settings:
     batch_size: int = 16  # ours: as l2cae
     lr: float = 2e-4  # ours: as l2cae
     map: Literal["error", "grad"] = "error"  # ours: Dehaene et al. have grad
-    steps: int = 100  # ours, of `grad`
-    step_size: float = 0.5  # ours, of `grad`: alpha
-    sparsity: float = 0.05  # ours, of `grad`: lambda, what a changed pixel costs
+    steps: int = 100  # ours: steps of `grad`
+    step_size: float = 0.5  # ours: alpha of `grad`
+    sparsity: float = 0.05  # ours: lambda of `grad`, what a changed pixel costs
     sigma: float = 4.0  # ours, px: smoothing of the map
     amp: bool = True  # ours: mixed precision where it is faster
 
