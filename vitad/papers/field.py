@@ -28,7 +28,7 @@ class System(NamedTuple):
 SYSTEMS = (
     System("AnoGAN", 2017, "IPMI", GOOD, PIXELS, "a network that draws good images: its nearest drawing", ("AnoGAN",)),
     System("L2-CAE", 2019, "VISAPP, 372–380", GOOD, PIXELS, "rebuild, squared error", ("L2-CAE",)),
-    System("AE-SSIM", 2019, "VISAPP, 372–380", GOOD, PIXELS, "rebuild, SSIM", ("AE_SSIM",)),
+    System("AE-SSIM", 2019, "VISAPP, 372–380", GOOD, PIXELS, "rebuild, structural similarity (SSIM)", ("AE_SSIM",)),
     System("VAE", 2020, "ICLR (VAE-grad)", GOOD, PIXELS, "rebuild, then move the image towards normal", ("VAE",)),
     System("CAVGA", 2020, "ECCV", GOOD, PIXELS, "attention must cover all of a good image", ("CAVGA",)),
     System("Patch SVDD", 2020, "ACCV", GOOD, FEATURES, "learn features in which patches lie close", ("P-SVDD",)),
