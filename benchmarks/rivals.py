@@ -30,7 +30,7 @@ BANK = 40_000  # patches
 def ours(name: str, **overrides) -> nn.Module:
     """A model with the paper's settings but for these."""
     method = methods.get(name)
-    if "pretrained" in {f.name for f in method.Settings.__dataclass_fields__.values()}:
+    if "pretrained" in method.Settings.__dataclass_fields__:
         overrides["pretrained"] = False
     return method.Model(resolve(method.Settings, method.PRESETS, "paper", overrides | {"amp": False})).eval()
 

@@ -41,3 +41,8 @@ def test_the_table_shows_what_the_preset_changes_and_what_the_paper_leaves_open(
 )
 def test_a_comment_without_a_source_is_ours(comment, ours):
     assert is_ours(comment) == ours
+
+
+def test_a_run_of_one_category_has_a_table():
+    table = departures(Request("vitmem", "mvtec", "bottle", preset="small"))
+    assert table.loc["epochs", "departs"].endswith("changed here")

@@ -28,7 +28,7 @@ def departures(request: Request) -> pd.DataFrame:
         the setting in the code, which names the source.
     """
     module = methods.get(request.method)
-    paper = Request(request.method, request.dataset, preset="paper").settings
+    paper = Request(request.method, request.dataset, request.category, preset="paper").settings
     rows = {}
     for name, comment in comments(module.Settings).items():
         differs = request.settings[name] != paper[name]
