@@ -223,7 +223,7 @@ def contrasts(
     metrics: Sequence[str] = tuple(METRICS),
     printed: Mapping[str, Mapping[str, float]] | None = None,
 ) -> pd.DataFrame:
-    """As `compare`, for weighted sums of variants, to be shown: rounded, by the titles of the metrics.
+    """As `compare`, for weighted sums of variants, to be shown: by the titles of the metrics.
 
     Parameters
     ----------
@@ -242,10 +242,10 @@ def contrasts(
         A line for each `contrast, metric` with `difference, low, high, p_adjusted, seeds, complete, verdict`.
     """
     found = {(name, metric): contrast(variants, w, metric) for name, w in weights.items() for metric in metrics}
-    frame = _family(found, ["contrast", "metric"]).drop(columns="p").rename(columns={"value": "difference"}).round(4)
+    frame = _family(found, ["contrast", "metric"]).drop(columns="p").rename(columns={"value": "difference"})
     if printed:
         frame["printed"] = [
-            round(sum(w * printed[v].get(metric, math.nan) for v, w in weights[name].items()) / 100, 4)
+            sum(w * printed[v].get(metric, math.nan) for v, w in weights[name].items()) / 100
             for name, metric in frame.index
         ]
     return frame.rename(index=METRICS, level="metric")

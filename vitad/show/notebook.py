@@ -65,6 +65,8 @@ def begin(namespace: dict[str, Any], method: str | None = None) -> Request | Non
 
         request = notebook.begin(globals(), "vitmem")
     """
+    import pandas as pd
+
     from vitad import runs
     from vitad.settings import parse_overrides
 
@@ -75,6 +77,7 @@ def begin(namespace: dict[str, Any], method: str | None = None) -> Request | Non
         missing = [name for name in PARAMETERS if name not in namespace]
         if missing:
             raise UserError(f"the parameters cell does not set {', '.join(missing)}. Add the missing lines.")
+        pd.set_option("display.precision", 4)  # digits of numbers in tables
         values = {name: namespace[name] for name in PARAMETERS}
         values["overrides"] = parse_overrides(values["overrides"])
         runs.describe_environment(**values)
