@@ -152,7 +152,7 @@ CLAIMS = {
         ),
         Claim(
             "Abstract",
-            "data sets on which the gain over convolutional autoencoders (L2-CAE) can be seen in a table of image AUROC",
+            "data sets on which the gain over convolutional autoencoders (L2-CAE) is visible in a table of image AUROC",
             "2",
             lambda: sum("L2-CAE" in by_method(t, IMAGE) for t in (T3, T5)),
         ),
