@@ -260,13 +260,21 @@ class Reproduction:
             self.dataset,
             split=self.split,
             category=models[0],
-            preset=self.preset or usual_preset(method, self.dataset),
+            preset=self._preset_of(method),
             overrides={**overrides, **self._settings_of(method)},
             weights=AUTO if method in OTHER_NETWORKS else self.weights,
             data_root=self.data_root,
             device=self.device,
         )
         return [replace(first, category=category, seed=seed) for category in models for seed in range(self.seeds)]
+
+    def _preset_of(self, method: str) -> str:
+        """The preset asked for, or the usual one of a method that lacks it. One that none has stays, and is refused."""
+        assert self.dataset is not None
+        has = {name: methods.get(name).PRESETS for name, _ in self.table.columns.values()}
+        if self.preset and (self.preset in has[method] or not any(self.preset in presets for presets in has.values())):
+            return self.preset
+        return usual_preset(method, self.dataset)
 
     def _settings_of(self, method: str) -> dict[str, Any]:
         """Those of the overrides that a method has. What none of the table's methods has stays, and is refused."""
