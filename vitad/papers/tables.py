@@ -30,22 +30,13 @@ USUAL_PRESETS = {  # of the book's own records, by data set, or by method and da
     ("mala", "mt"): "small_dinov2",
 }
 # Presets whose settings are the source's, so that their metrics can be held against printed ones. AnoViT's `paper` has
-# another output range than the published code. Of L2-CAE the layers are unknown, and much of its schedule is ours.
-# So is that of AE-SSIM, whose source sees crops, and of the VAE, whose layers no paper says. VT-ADL has another score
-# here and Patch SVDD another number of pairs in a step; f-AnoGAN stands for AnoGAN.
+# another output range than the published code. The other methods have none: of L2-CAE the layers are unknown, and much
+# of its schedule is ours. So is that of AE-SSIM, whose source sees crops, and of the VAE, whose layers no paper says.
+# VT-ADL has another score here and Patch SVDD another number of pairs in a step; f-AnoGAN stands for AnoGAN.
 FAITHFUL = {
     "vitmem": ("paper", "sec34"),
     "mala": ("paper",),
     "anovit": ("legacy",),
-    "l2cae": (),
-    "aessim": (),
-    "vae": (),
-    "mkd": (),
-    "dfr": (),
-    "cflow": (),
-    "psvdd": (),
-    "vtadl": (),
-    "fanogan": (),
 }
 IN_THE_MANNER_OF = {"ssltok"}  # too little is public for a reproduction
 OTHER_NETWORKS = {"padim", "mkd", "dfr", "cflow", "uniad"}  # methods whose backbone is no ViT
