@@ -50,10 +50,10 @@ class Settings:
     linear_attention: bool = True  # code; False: with softmax, which can focus
     easy: float = 0.9  # code: share of the places, those rebuilt best, whose gradients are weakened
     easy_weight: float = 0.1  # code: what they are multiplied by
-    easy_steps: int = 1000  # code: steps in which the share `easy` of the places rises from 0 to its value
+    easy_steps: int = 1000  # code: steps in which the share of places with a weakened gradient rises from 0 to `easy`
     steps: int = 10_000  # code: steps of training, over all categories together; 5,000 for one
     batch_size: int = 16  # code
-    lr: float = 2e-3  # code: StableAdamW; ours: AdamW, whose steps the clipped gradient limits too
+    lr: float = 2e-3  # code: StableAdamW; ours: AdamW, with a limit on the length of the gradient
     lr_end: float = 2e-4  # code: by a half cosine
     warm_up: float = 0.01  # code: 100 of 10,000 steps
     weight_decay: float = 1e-4  # code

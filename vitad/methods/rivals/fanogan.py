@@ -48,7 +48,7 @@ class Settings:
     gan_lr: float = 1e-4  # code: Adam, betas 0 and 0.9
     encoder_out: Literal["tanh", "linear"] = "tanh"  # code: so that it cannot name a vector outside of -1..1
     kappa: float = 1.0  # code: weight of the critic's features
-    epochs: int = 2000  # code: 50,000 steps of the encoder
+    epochs: int = 2000  # ours: code has 50,000 steps of the encoder
     batch_size: int = 64  # code
     lr: float = 5e-5  # code, with RMSprop; ours: Adam
     inference: Literal["encoder", "search"] = "encoder"  # code; AnoGAN: search

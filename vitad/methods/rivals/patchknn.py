@@ -42,7 +42,7 @@ class Settings:
     sampling: Literal["random", "coreset"] = "random"  # PatchCore: coreset, the greedy k-centre choice
     mask: Literal["off", "pca"] = "off"  # ours; AnomalyDINO: pca where it looks right, 5 of 15 categories of MVTec AD
     score: Literal["top1", "max"] = "top1"  # AnomalyDINO: mean of the highest 1 %, of patches; PatchCore: max
-    sigma: float = 4.0  # both: smoothing of the map, px
+    sigma: float = 4.0  # PatchCore and AnomalyDINO, px: smoothing of the map
     batch_size: int = 8
     amp: bool = True  # ours: mixed precision where it is faster
 

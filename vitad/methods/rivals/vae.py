@@ -32,7 +32,9 @@ class Settings:
 
     image_size: int = 256  # ours: as l2cae
     latent: int = 100  # ours: as l2cae
-    beta: float = 0.1  # ours: 2 sigma^2 of a pixel, the weight of the divergence beside the squared error
+    beta: float = (
+        0.1  # ours: weight, beside the squared error, of the term that keeps the vector near a normal distribution
+    )
     epochs: int = 200  # ours: as l2cae
     batch_size: int = 16  # ours: as l2cae
     lr: float = 2e-4  # ours: as l2cae
