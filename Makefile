@@ -19,7 +19,7 @@ help:
 	@echo "make book       install into $(VENV), run every notebook, build the HTML book"
 	@echo "                PRESET= DATASET= CATEGORY= DATA_ROOT= SPLIT= SEED= DEVICE= WEIGHTS=   for all notebooks"
 	@echo "                REPOSITORY= SITE=   where the source and the pages are published, instead of book/facts.yml"
-	@echo "                OVERRIDES='lr=1e-4 epochs=3'   settings that differ from the preset, for all notebooks"
+	@echo "                OVERRIDES='batch_size=4'   settings that differ from the preset, for all notebooks"
 	@echo "                JOBS=           notebooks that run at a time"
 	@echo "make zip        pack the pages that make book has built: book.zip opens offline"
 	@echo "make pdf        print them into one PDF, with Chromium   CHROMIUM="

@@ -1,7 +1,7 @@
 """Run every notebook with papermill's parameters, then build the HTML book from the executed copies.
 
     python book/build.py [JOBS=2] [PRESET=paper] [DATASET=mt] [DATA_ROOT=DIR] [SPLIT=] [CATEGORY=] [SEED=] [DEVICE=]
-        [WEIGHTS=FILE] [OVERRIDES="lr=1e-4 epochs=3"] [REPOSITORY=https://...] [SITE=https://...]
+        [WEIGHTS=FILE] [OVERRIDES="batch_size=4"] [REPOSITORY=https://...] [SITE=https://...]
 
 The committed notebooks are read, never written (book/notebooks.py writes them). Under book/_build come
     work/NAME-RUN/            where a notebook runs, and so its `out_dir = "runs"`; RUN hashes library and parameters

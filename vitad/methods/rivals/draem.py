@@ -46,7 +46,7 @@ class Settings:
     sspcab_weight: float = 0.1  # anomalib: weight of the prediction error of SSPCAB in the loss
     gamma: float = 2.0  # code: of the focal loss
     epochs: int = 700  # code
-    max_steps: int = 0  # ours: fewer epochs where they are more steps than this; 0: no limit
+    max_steps: int = 0  # ours: training ends after so many steps, even if `epochs` asks for more; 0: no limit
     batch_size: int = 8  # code
     lr: float = 1e-4  # code: a fifth of it from 80 % of the steps, a twenty-fifth from 90 %
     window: int = 21  # code: the score is the maximum of the map's mean over so many px
