@@ -48,7 +48,7 @@ class Settings:
     shrink: float = 1.0  # sec. 3.2: lambda = shrink / N
     # coordinate attention
     coord_att: bool = True  # Table 6, "CA"
-    ca_position: Literal["after_memory", "before_memory"] = "after_memory"  # caption of Fig. 2; a sentence of sec. 4.5: others were tried
+    ca_position: Literal["after_memory", "before_memory"] = "after_memory"  # caption of Fig. 2
     ca_reduction: int = 32  # Hou et al.'s code
     # decoder
     decoder: Literal["anovit", "exact"] = "anovit"  # ours: sec. 3.4 gives six layers, not their strides

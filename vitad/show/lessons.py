@@ -371,7 +371,7 @@ def arrows(noise: ArrayLike, angles: np.ndarray) -> Figure:
     for (i, j), angle in np.ndenumerate(angles):
         start = points[j], points[i]
         end = start[0] + length * np.cos(angle), start[1] + length * np.sin(angle)
-        axis.annotate("", end, start, arrowprops={"arrowstyle": "->", "lw": 1.4})
+        axis.annotate("", end, start, arrowprops={"arrowstyle": "->", "lw": 1.4}, annotation_clip=False)
     axis.set(xlim=(-margin, len(values) + margin), ylim=(len(values) + margin, -margin))
     blank(axis)
     fig.colorbar(drawn, ax=axis, label="noise")

@@ -33,7 +33,7 @@ class Settings:
     """The defaults are those of the authors' code; *ours* marks what differs."""
 
     image_size: int = 256  # code
-    widths: tuple[int, ...] = (32, 64, 128, 128, 64, 32, 32, 64)  # code: channels by layer; a patch is 32 px wide, 4 px for each layer
+    widths: tuple[int, ...] = (32, 64, 128, 128, 64, 32, 32, 64)  # code: channels by layer; a patch has 32 px
     strides: tuple[int, int] = (4, 16)  # code, px: between patches of the test image, small and large ones
     lambda_svdd: float = 1e-3  # code, read-me: weight of the distance of near patches; the authors tune it by category
     jitter: float = 0.02  # code: standard deviation of a colour shift of a patch, and of noise on its pixels
