@@ -39,7 +39,7 @@ class Settings:
     jitter: float = 0.02  # code: standard deviation of a colour shift of a patch, and of noise on its pixels
     pairs: int = 8  # code: 100 a category and image in an epoch; here 8 in a step
     bank_size: int = 0  # code: 0, all training patches; else so many, drawn from all, at each size
-    epochs: int = 3750  # code: 300 with 100 pairs of each image; here an epoch has 8, so there are 3,750
+    epochs: int = 3750  # code: 300 epochs with 100 pairs of patches from each image; ours have 8 pairs
     batch_size: int = 8  # code: 64 pairs, here eight of each image
     lr: float = 1e-4  # code
     amp: bool = False  # ours; True: mixed precision where it is faster
