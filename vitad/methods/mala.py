@@ -59,9 +59,11 @@ class Settings:
     resample_each_epoch: bool = False  # ours: sec. IV-C's "in each epoch" may mean other images each time
     stage1_epochs: int = 2000  # sec. IV-C
     stage1_batch_size: int = 128  # sec. IV-C
-    micro_batch: int = 0  # ours: images of stage 1 whose activations are held at once, less than 11 GiB with 16; 0: all
+    micro_batch: int = 0  # ours: so many images of stage 1 at once (0: all); 16 need less than 11 GiB
     stage1_lr: float = 1e-3  # sec. IV-C: for 256 images, scaled with the size of the batch
-    warm_up: float = 0.02  # ours: share of the steps; MAE's 40 epochs, then its cosine
+    warm_up: float = (
+        0.02  # ours: share of the steps in which the learning rate rises, as in MAE; then it falls along a cosine
+    )
     mask_ratio: float = 0.75  # sec. III-A
     mask_fill: Literal["zeros", "mask_token"] = "zeros"  # sec. III-A; MAE's is a learned token
     plpm: Literal["adversarial", "joint", "off"] = "adversarial"  # ours: sec. III-A has "generative-adversarial", Eq. 3
@@ -299,7 +301,7 @@ class Model(Method):
         with torch.no_grad():
             first, last = self.tokens(images)
         D_last = self.decoder(last)  # Eq. 4
-        with torch.autocast(images.device.type, enabled=False):  # half precision would tie most of a map's pixels
+        with torch.autocast(images.device.type, enabled=False):  # in 16 bits most pixels of a map would be equal
             first, last, D_last = first.float(), last.float(), D_last.float()
             Y_hat = self.tbm(first, last, D_last) if self.settings.tbm else self.tbm(D_last)
         return unpatchify(Y_hat, self.grid, 2)

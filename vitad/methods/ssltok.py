@@ -56,7 +56,7 @@ class Settings:
     tokenizer: str = DINOV2_S14  # abstract: a self-supervised ViT
     pretrained: bool = True  # abstract
     image_size: int = 224
-    blocks: tuple[int, ...] = (4, 6, 8)  # mean of their outputs, each after the last layer norm
+    blocks: tuple[int, ...] = (4, 6, 8)  # mean of their outputs, each after the encoder's final norm
     # damage, see data/synthesis/
     damage: float = 0.5  # probability of an image to be damaged
     kinds: tuple[str, ...] = ("anything",)  # the kind that is made for no data set
@@ -66,7 +66,7 @@ class Settings:
     pool: int = 3  # fixed damaged versions of each image, whose tokens are cached too; 0: drawn anew in every step
     # memory
     remember: bool = True
-    bank_size: int = 40_000  # tokens of normal images that are kept, as in patchknn; all if there are fewer
+    bank_size: int = 40_000  # tokens of normal images that are kept, as in patchknn's small; all if there are fewer
     # reconstruction
     reconstruct: bool = True
     mask_max: float = 0.5  # share of the tokens that are masked: U(0, mask_max) for each image
@@ -83,7 +83,7 @@ class Settings:
     batch_size: int = 16
     lr: float = 1e-3
     weight_decay: float = 0.05  # biases and norms do not decay
-    warm_up: float = 0.05  # share of the steps
+    warm_up: float = 0.05  # share of the steps in which the learning rate rises from 0
     # score
     hidden_parts: int = 4  # the tokens are hidden in so many parts in turn, and predicted unseen; 0: never
     sigma: float = 4.0  # smoothing of the map, px
