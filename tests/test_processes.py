@@ -128,7 +128,7 @@ def test_a_killed_run_of_two_is_resumed_and_has_the_metrics_of_one(toy_root, tmp
     assert runs.hash_of(two) == runs.hash_of(one)
     assert two["metrics"] == pytest.approx(one["metrics"], abs=1e-4)
     assert two["counts"] == one["counts"]
-    # Rounding alone gave at most 5e-6 on average and 2e-4 at one pixel, measured with AVX-512, AVX2 and without vectors.
+    # Rounding alone: at most 5e-6 on average and 2e-4 at one pixel (measured with AVX-512, AVX2 and no vectors).
     gap = np.abs(runs.read_maps(out)["maps"] - runs.read_maps(alone)["maps"])
     assert gap.mean() < 1e-5 and gap.max() < 5e-4
     assert {p.name for p in out.iterdir()} == {p.name for p in alone.iterdir()}
