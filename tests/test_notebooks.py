@@ -28,6 +28,10 @@ def test_what_a_notebook_shows_counts_in_full():
     _, shown = notebooks.uses(ast.parse(f"{line}source(blocks.ssim_map)"))
     _, used = notebooks.uses(ast.parse(f"{line}blocks.ssim_map(1, 2, 3)"))
     assert "vitad.blocks" in shown and "vitad.blocks" not in used
+    line = "from vitad import methods\nfrom vitad.show.departures import departures\nmethods.METHODS\n"
+    _, shown = notebooks.uses(ast.parse(f"{line}departures(request)"))
+    _, used = notebooks.uses(ast.parse(line))
+    assert "vitad.methods.rivals.vae" in shown and "vitad.methods.rivals.vae" not in used
 
 
 def test_large_pictures_are_kept_as_jpeg_and_look_the_same():

@@ -101,7 +101,7 @@ def test_a_killed_run_of_two_is_resumed_and_has_the_metrics_of_one(toy_root, tmp
     """kill -9 of both, then `accelerate launch` of the same run; then the same by one process."""
     out, alone = tmp_path / "two", tmp_path / "one"
     command = ["run", "mala", "--data-root", str(toy_root), "--preset", "smoke"]
-    command += ["--device", "cpu", "--set", "stage1_epochs=8", "--out", str(out)]
+    command += ["--device", "cpu", "--set", "stage1_epochs=4", "--out", str(out)]  # more would magnify the rounding
     both = together(["-c", OFTEN, *command], tmp_path)
     state, patience = out / ".run" / "state.pt", time.monotonic() + 250
     while not state.exists() and both[0].poll() is None and time.monotonic() < patience:
@@ -111,7 +111,7 @@ def test_a_killed_run_of_two_is_resumed_and_has_the_metrics_of_one(toy_root, tmp
         assert process.wait() == -signal.SIGKILL, (tmp_path / "log-0").read_text()
     assert {p.name for p in out.iterdir()} == {".run"}
     at = torch.load(state, weights_only=True)["at"]
-    assert at["phase"] == 0 and at["epoch"] < 8
+    assert at["phase"] == 0 and at["epoch"] < 4
 
     # The launcher of several GPUs, which needs none; with --cpu it starts one process.
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
@@ -128,9 +128,8 @@ def test_a_killed_run_of_two_is_resumed_and_has_the_metrics_of_one(toy_root, tmp
     assert runs.hash_of(two) == runs.hash_of(one)
     assert two["metrics"] == pytest.approx(one["metrics"], abs=1e-4)
     assert two["counts"] == one["counts"]
-    # Rounding alone: at most 5e-6 on average and 2e-4 at one pixel (measured with AVX-512, AVX2 and no vectors).
-    gap = np.abs(runs.read_maps(out)["maps"] - runs.read_maps(alone)["maps"])
-    assert gap.mean() < 1e-5 and gap.max() < 5e-4
+    maps = [runs.read_maps(folder)["maps"] for folder in (out, alone)]
+    np.testing.assert_allclose(*maps, atol=1e-4)
     assert {p.name for p in out.iterdir()} == {p.name for p in alone.iterdir()}
 
 

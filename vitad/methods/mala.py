@@ -61,9 +61,7 @@ class Settings:
     stage1_batch_size: int = 128  # sec. IV-C
     micro_batch: int = 0  # ours: so many images of stage 1 at once (0: all); 16 need less than 11 GiB
     stage1_lr: float = 1e-3  # sec. IV-C: for 256 images, scaled with the size of the batch
-    warm_up: float = (
-        0.02  # ours: share of the steps in which the learning rate rises, as in MAE; then it falls along a cosine
-    )
+    warm_up: float = 0.02  # ours: share of the steps in which the learning rate rises; MAE's 40 epochs, then its cosine
     mask_ratio: float = 0.75  # sec. III-A
     mask_fill: Literal["zeros", "mask_token"] = "zeros"  # sec. III-A; MAE's is a learned token
     plpm: Literal["adversarial", "joint", "off"] = "adversarial"  # ours: sec. III-A has "generative-adversarial", Eq. 3

@@ -32,9 +32,7 @@ class Settings:
 
     image_size: int = 256  # ours: as l2cae
     latent: int = 100  # ours: as l2cae
-    beta: float = (
-        0.1  # ours: weight, beside the squared error, of the term that keeps the vector near a normal distribution
-    )
+    beta: float = 0.1  # ours: weight of the term that keeps the vector near a normal distribution
     epochs: int = 200  # ours: as l2cae
     batch_size: int = 16  # ours: as l2cae
     lr: float = 2e-4  # ours: as l2cae
