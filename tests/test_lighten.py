@@ -63,6 +63,36 @@ def test_what_pages_need_stays(site):
     assert left == ["logo.png", "style.css"]
 
 
+def test_code_keeps_its_words_and_its_colours(site):
+    schemes = {"light": ("#080808", "#00622F"), "dark": ("#F8F8F2", "#ABE338")}
+    (site / "_static" / "pygments.css").write_text(
+        "".join(
+            f"""html[data-theme="{scheme}"] .highlight pre {{ line-height: 125%; }}
+html[data-theme="{scheme}"] .highlight .hll {{ background-color: #fae4c2 }}
+html[data-theme="{scheme}"] .highlight {{ background: #fefefe; color: {text} }}
+html[data-theme="{scheme}"] .highlight .n {{ color: {text} }} /* Name */
+html[data-theme="{scheme}"] .highlight .o {{ color: {operator} }} /* Operator */
+html[data-theme="{scheme}"] .highlight .p {{ color: {text if scheme == "light" else operator} }} /* Punctuation */
+"""
+            for scheme, (text, operator) in schemes.items()
+        )
+    )
+    page = site / "notebooks" / "code.html"
+    page.write_text('<pre><span class="n">x</span> <span class="o">&lt;</span> <span class="p">(</span></pre>')
+    lighten(site)
+    assert page.read_text() == '<pre>x <span class="o">&lt;</span> <span class="p">(</span></pre>'
+
+
+def test_icons_come_in_one_format(site):
+    style = site / "_static" / "icons.css"
+    style.write_text('@font-face{src:url(a.woff2) format("woff2"),url(a.ttf) format("truetype")}')
+    for name in ("a.woff2", "a.ttf", "alone.ttf"):
+        (site / "_static" / name).write_text("x")
+    lighten(site)
+    assert style.read_text() == '@font-face{src:url(a.woff2) format("woff2")}'
+    assert sorted(p.name for p in (site / "_static").rglob("*a*.[tw]*")) == ["a.woff2", "alone.ttf"]
+
+
 def test_a_second_time_changes_nothing(site):
     lighten(site)
     before = {p: p.read_bytes() for p in site.rglob("*") if p.is_file()}
