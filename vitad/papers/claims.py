@@ -242,7 +242,12 @@ CLAIMS = {
             "2.8",
             lambda: standing(M1, IMAGE)["gap"]["pill"],
         ),
-        Claim("IV-D-1", "MVTec AD: lead over the second, mean image AUROC", "1.9", lambda: _leads(M1, IMAGE).min()),
+        Claim(
+            "IV-D-1",
+            "MVTec AD: lead over the second, mean image AUROC; means as printed",
+            "1.9",
+            lambda: _leads(M1, IMAGE).min(),
+        ),
         Claim("IV-D-1", "MVTec AD: place by mean image AUROC", "1", lambda: _place(M1, IMAGE)),
         Claim("IV-D-1", "MVTec AD: place by mean pixel AUROC", "1", lambda: _place(M1, PIXEL)),
         Claim("IV-D-1", "MVTec AD: categories where it is best, pixel AUROC", "8", lambda: _ahead(M1, PIXEL)),
