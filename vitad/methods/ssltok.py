@@ -60,7 +60,7 @@ class Settings:
     # damage, see data/synthesis/
     damage: float = 0.5  # probability of an image to be damaged
     kinds: tuple[str, ...] = ("anything",)  # the kind that is made for no data set
-    mode: Literal["global", "local", "both"] = "both"
+    mode: Literal["global", "local", "both"] = "both"  # global: anywhere; local: on the object; both: by chance
     textures: str = "procedural"
     keep_grey: bool = True  # a camera without colour sees no coloured damage
     pool: int = 3  # fixed damaged versions of each image, whose tokens are cached too; 0: drawn anew in every step

@@ -178,7 +178,7 @@ def differences(pairs: Mapping[tuple[str, ...], tuple[Sequence[Record], Sequence
 
 
 def costs(rows: Mapping[tuple[str, ...], Sequence[Record]]) -> pd.DataFrame:
-    """One line a kind of run: parameters in millions, weights that it needs, `core_minutes` and processors.
+    """One line a kind of run: parameters in millions, weights that it needs, `core_minutes` and the processor.
 
     Parameters
     ----------
@@ -195,7 +195,7 @@ def costs(rows: Mapping[tuple[str, ...], Sequence[Record]]) -> pd.DataFrame:
                 "trained": first["counts"]["trained_parameters"] / 1e6,
                 "pre-trained weights": "none" if source == "random" else source,
                 "minutes": core_minutes(records),
-                "processor": ", ".join(sorted({r["environment"]["device_name"] for r in records})),
+                "processor": fastest(records)["environment"]["device_name"],
             }
         )
     return pd.DataFrame(lines, index=pd.MultiIndex.from_tuples(rows))
@@ -206,8 +206,16 @@ def core_minutes(records: Sequence[Record]) -> float:
 
     That is its time, times its threads. The shortest of the seeds counts, since other work on a machine only adds.
     """
-    threads = [r["environment"]["threads"] for r in records]
-    return float((by_run(records)["minutes"] * threads).min())
+    return float(_core_minutes(records).min())
+
+
+def fastest(records: Sequence[Record]) -> Record:
+    """The run that `core_minutes` counts."""
+    return records[int(_core_minutes(records).argmin())]
+
+
+def _core_minutes(records: Sequence[Record]) -> pd.Series:
+    return by_run(records)["minutes"] * [r["environment"]["threads"] for r in records]
 
 
 def ablation(

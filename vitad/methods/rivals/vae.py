@@ -36,7 +36,7 @@ class Settings:
     epochs: int = 200  # ours: as l2cae
     batch_size: int = 16  # ours: as l2cae
     lr: float = 2e-4  # ours: as l2cae
-    map: Literal["error", "grad"] = "error"  # ours; grad: Dehaene et al. 2020, the paper on VAE-grad
+    map: Literal["error", "grad"] = "error"  # ours: squared error; grad: Dehaene et al. 2020 (VAE-grad)
     steps: int = 100  # ours: steps of `grad`
     step_size: float = 0.5  # ours: alpha of `grad`
     sparsity: float = 0.05  # ours: lambda of `grad`, what a changed pixel costs
