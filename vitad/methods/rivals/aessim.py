@@ -23,7 +23,7 @@ class Settings:
 
     image_size: int = 256  # code, for objects; 128 for texture crops
     latent: int = 100  # code: 100 for textures, 500 for objects
-    epochs: int = 200  # code, over 10,000 crops; here over the images
+    epochs: int = 200  # code, over 10,000 crops; ours: over the images
     batch_size: int = 16  # ours; code: 128
     lr: float = 2e-4  # code
     weight_decay: float = 0.0  # code

@@ -31,7 +31,7 @@ class Settings:
 
     backbone: str = "vgg19.tv_in1k"  # code
     pretrained: bool = True  # code
-    strides: tuple[int, ...] = (1, 2, 4, 8)  # code: all maps after a ReLU down to 8 px; ours: the last of each stride
+    strides: tuple[int, ...] = (1, 2, 4, 8)  # code: maps after each ReLU up to stride 8; ours: the last of a stride
     image_size: int = 256  # code
     grid: int = 4  # code: px of a place
     variance: float = 0.9  # code: share that the principal components hold whose number is the bottleneck's width

@@ -42,7 +42,7 @@ class Settings:
     image_size: int = 64  # code: patches of this size; ours: the whole image
     latent: int = 128  # code
     width: int = 64  # code: channels near the image; eight times as many far from it
-    n_critic: int = 5  # code: steps of the critic for one of the generator; ours: by chance, and not by turns
+    n_critic: int = 5  # code: critic's steps for one of the generator's, by turns; ours: drawn, on average
     penalty: float = 10.0  # code: weight of the gradient penalty
     gan_epochs: int = 2000  # ours: code has 7 of very many patches
     gan_lr: float = 1e-4  # code: Adam, betas 0 and 0.9

@@ -26,7 +26,7 @@ class Settings:
 
     image_size: int = 256  # third-party version of Bergmann's code for objects; 128 for texture crops
     latent: int = 100  # third-party version of Bergmann's code: 100 for textures, 500 for objects
-    epochs: int = 200  # third-party version of Bergmann's code, over 10,000 crops; here over the images
+    epochs: int = 200  # third-party version of Bergmann's code, over 10,000 crops; ours: over the images
     batch_size: int = 16  # ours; third-party version of Bergmann's code: 128
     lr: float = 2e-4  # Bergmann et al.
     weight_decay: float = 1e-5  # Bergmann et al.

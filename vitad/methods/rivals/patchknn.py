@@ -35,7 +35,7 @@ class Settings:
 
     backbone: str = DINOV2_S14  # AnomalyDINO
     pretrained: bool = True
-    image_size: int = 448  # AnomalyDINO: shorter side; a square here
+    image_size: int = 448  # AnomalyDINO: shorter side; ours: a square
     blocks: tuple[int, ...] = (4, 6, 8)  # ours: middle blocks keep the detail that the last ones give up
     rotations: int = 1  # ours: training images as they are; AnomalyDINO: 8, turned in steps of 45 degrees as well
     bank_size: int = 40_000  # ours: patches drawn from all, turned ones included; AnomalyDINO: all of them
