@@ -8,6 +8,9 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
 # Notebooks run with this environment's Python, never with a kernel that a user has installed elsewhere.
 export JUPYTER_PREFER_ENV_PATH := 1
+# A thread that waits gives its core to another notebook. With two threads for each of two notebooks on two cores,
+# waiting threads that keep their cores make a cell take minutes instead of seconds.
+export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: help env book zip pdf axe lab crawl notebooks readme facts test robust processors bench gpu clean
 
