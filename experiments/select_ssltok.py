@@ -41,7 +41,8 @@ class Part:
 
     def __init__(self, images: ImageSet, chosen: np.ndarray):
         self.images, self.indices, self.size = images, np.flatnonzero(chosen), images.size
-        self.groups, self.textures = images.groups[chosen], images.textures[chosen]
+        self.groups, self.categories = images.groups[chosen], images.categories[chosen]
+        self.textures = images.textures[chosen]
 
     def __len__(self) -> int:
         return len(self.indices)

@@ -1,4 +1,4 @@
-"""The experiment on screws: what it measures, and that its rows belong to committed records."""
+"""The experiments on screws and on settings of ssltok: what they measure, and that rows belong to committed records."""
 
 import json
 from pathlib import Path
@@ -7,6 +7,7 @@ import pytest
 import torch
 import trees
 
+from experiments import select_ssltok
 from experiments.screw import NAMES, Scaled, brightness, every, of_run, row
 from vitad import data, runs
 from vitad.runs.request import hash_of
@@ -55,6 +56,18 @@ def test_the_rows_of_runs_are_those_of_committed_records():
 def test_no_row_is_there_twice():
     names = [tuple(r[name] for name in NAMES) for r in ROWS]
     assert len(set(names)) == len(names)
+
+
+def test_a_candidate_is_trained_and_measured_on_training_images_alone(gears, monkeypatch):
+    fit, rest = select_ssltok.parts(gears.train)
+    assert len(fit) + len(rest) == len(gears.train) and not set(fit.groups) & set(rest.groups)
+    monkeypatch.setattr(select_ssltok.data, "load", lambda *given, **named: type("OnlyTrain", (), {"train": gears.train}))
+    tiny = {"tokenizer": "test_vit", "pretrained": "false", "image_size": 64, "blocks": "(2,4)", "bank_size": 200}
+    tiny |= {"width": 32, "depth": 1, "heads": 2, "seg_width": 32, "pool": 1, "epochs": 1, "min_steps": 2}
+    found = select_ssltok.candidate("toy", "gear", "ssltok", [f"{key}={value}" for key, value in tiny.items()])
+    assert found["counts"] == {"train": len(fit), "held_out": len(rest)}
+    assert found["metrics"].keys() == {*select_ssltok.KINDS, "mean of unseen kinds"}
+    assert all(0 <= value <= 1 for kind in found["metrics"].values() for value in kind.values())
 
 
 @trees.needs_real("mvtec", "screw")

@@ -55,16 +55,18 @@ class Settings:
 
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
-    # For two cores: as many patches of half the size, a quarter of the width, fewer blocks and epochs.
+    # For two cores: as many patches of a quarter of the size, a quarter of the width, fewer blocks. 240 epochs of 200
+    # images bring the training loss of the mixture to within 1e-3 of the least possible one; 60 epochs left it 3 % above.
     "small": {
-        "image_size": 256,
-        "patch": 32,
+        "image_size": 128,
+        "patch": 16,
         "width": 128,
         "depth": 4,
         "components": 5,
-        "epochs": 60,
+        "epochs": 240,
         "batch_size": 16,
-        "lr": 3e-4,
+        "lr": 1e-3,
+        "sigma": 2.0,
     },
     "demo": {
         "image_size": 128,
