@@ -183,12 +183,12 @@ def test_rows_of_an_experiment(tmp_path, monkeypatch):
     monkeypatch.setattr(vitad, "__file__", str(tmp_path / "vitad" / "__init__.py"))
 
     grey = measured("nuts", "image_auroc", 0.99, 1, scored="grey", state=None)
-    assert grey.holds and grey.numbers == "image AUROC grey 1.000 [0.990, 1.000]" and not grey.rests_on
+    assert grey.holds and grey.numbers == "image AUROC grey 1.000 [0.990,\u00a01.000]" and not grey.rests_on
     low = measured("nuts", "image_auroc", 0, 0.3, scored="cae", state="trained")
-    assert low.holds and low.numbers == "image AUROC cae, trained 0.200 [0.100, 0.300], 1 seed"
+    assert low.holds and low.numbers == "image AUROC cae, trained 0.200 [0.100,\u00a00.300], 1 seed"
     assert low.rests_on == {"abc"}
     both = measured("nuts", "image_auroc", 0.7, 0.95, state="untrained")
-    assert both.holds and both.numbers == "image AUROC cae, untrained 0.850 [0.700, 0.950], 2 seeds"
+    assert both.holds and both.numbers == "image AUROC cae, untrained 0.850 [0.700,\u00a00.950], 2 seeds"
     assert not measured("nuts", "image_auroc", 0.7, 0.94, state="untrained").holds
     assert not measured("nuts", "image_auroc", 0, 0.29, scored="cae", state="trained").holds
     assert not measured("nuts", "image_auroc", 0.11, 0.3, scored="cae", state="trained").holds

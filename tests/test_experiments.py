@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -61,7 +62,8 @@ def test_no_row_is_there_twice():
 def test_a_candidate_is_trained_and_measured_on_training_images_alone(gears, monkeypatch):
     fit, rest = select_ssltok.parts(gears.train)
     assert len(fit) + len(rest) == len(gears.train) and not set(fit.groups) & set(rest.groups)
-    monkeypatch.setattr(select_ssltok.data, "load", lambda *given, **named: type("OnlyTrain", (), {"train": gears.train}))
+    only_train = SimpleNamespace(train=gears.train)
+    monkeypatch.setattr(select_ssltok.data, "load", lambda *given, **named: only_train)
     tiny = {"tokenizer": "test_vit", "pretrained": "false", "image_size": 64, "blocks": "(2,4)", "bank_size": 200}
     tiny |= {"width": 32, "depth": 1, "heads": 2, "seg_width": 32, "pool": 1, "epochs": 1, "min_steps": 2}
     found = select_ssltok.candidate("toy", "gear", "ssltok", [f"{key}={value}" for key, value in tiny.items()])

@@ -198,7 +198,7 @@ def above_on_average(firsts: list[Runs], seconds: list[Runs], metric: str) -> Ev
     weights = {str(k): math.copysign(1 / len(firsts), k) for k, _ in terms}
     d = contrast({str(k): runs.records for k, runs in terms}, weights, metric)
     what = " minus ".join(f"mean of {', '.join(r.name for r in side)}" for side in (firsts, seconds)) + ":"
-    numbers = f"{METRICS[metric]}, {what} {d.value:+.3f} [{d.low:+.3f}, {d.high:+.3f}], {_sources(d)}"
+    numbers = f"{METRICS[metric]}, {what} {d.value:+.3f} {_interval(d.low, d.high, '+.3f')}, {_sources(d)}"
     return _evidence(d.verdict == "above", numbers, *firsts, *seconds)
 
 
@@ -208,7 +208,7 @@ def interaction_undecided(both: Runs, first: Runs, second: Runs, neither: Runs, 
     weights = {"both": 1, "first": -1, "second": -1, "neither": 1}
     d = contrast({name: runs.records for name, runs in variants.items()}, weights, metric)
     formula = f"{both.name} − {first.name} − {second.name} + {neither.name}"
-    numbers = f"{METRICS[metric]} {formula} {d.value:+.3f} [{d.low:+.3f}, {d.high:+.3f}], {_sources(d)}"
+    numbers = f"{METRICS[metric]} {formula} {d.value:+.3f} {_interval(d.low, d.high, '+.3f')}, {_sources(d)}"
     return _evidence(d.verdict == "undecided", numbers, *variants.values())
 
 
@@ -248,7 +248,7 @@ def measured(experiment: str, metric: str, low: float, high: float, **values: An
         least, most = min(bounds), max(bounds)
         holds &= low <= least and most <= high
         n = "" if seeds[0]["seed"] is None else f", {_seeds(len(seeds))}"
-        shown.append(f"{name} {value:.3f} [{least:.3f}, {most:.3f}]{n}")
+        shown.append(f"{name} {value:.3f} {_interval(least, most)}{n}")
     return Evidence(holds, f"{METRICS[metric]} {'; '.join(shown)}", frozenset(r["run"] for r in rows if r["run"]))
 
 
@@ -292,14 +292,18 @@ def _common_seeds(first: Runs, second: Runs) -> tuple[Runs, Runs]:
 
 def _of_difference(holds: bool, found: Difference, first: Runs, second: Runs, metric: str) -> Evidence:
     numbers = f"{_shown(first, metric)}, {_shown(second, metric, title=False)}, "
-    numbers += f"difference {found.value:+.3f} [{found.low:+.3f}, {found.high:+.3f}], {_sources(found)}"
+    numbers += f"difference {found.value:+.3f} {_interval(found.low, found.high, '+.3f')}, {_sources(found)}"
     return _evidence(holds, numbers, first, second)
 
 
 def _bounded(runs: Runs, metric: str, inside: Callable[[float, float], bool]) -> Evidence:
     found = estimate(runs.records, metric)
-    numbers = f"{_shown(runs, metric)} [{found.low:.3f}, {found.high:.3f}], {_sources(found)}"
+    numbers = f"{_shown(runs, metric)} {_interval(found.low, found.high)}, {_sources(found)}"
     return _evidence(inside(found.low, found.high), numbers, runs)
+
+
+def _interval(low: float, high: float, digits: str = ".3f") -> str:
+    return f"[{low:{digits}},\u00a0{high:{digits}}]"  # in one line
 
 
 def _shown(runs: Runs, metric: str, title: bool = True) -> str:

@@ -35,7 +35,7 @@ def departures(request: Request) -> pd.DataFrame:
         departs = ["ours"] * is_ours(comment) + ["changed here"] * differs
         if departs:
             values = (_shown(paper[name]), _shown(request.settings[name]))
-            rows[name] = dict(zip(COLUMNS, (*values, ", ".join(departs), comment), strict=True))
+            rows[name] = dict(zip(COLUMNS, (*values, ", ".join(departs), comment.replace("`", "")), strict=True))
     return pd.DataFrame.from_dict(rows, orient="index", columns=COLUMNS)
 
 
