@@ -14,6 +14,7 @@ from vitad import claims, runs
 from vitad.claims import (
     above,
     above_on_average,
+    above_on_each,
     all_of,
     at_least,
     at_most,
@@ -46,7 +47,7 @@ def test_every_claim_of_the_book_holds():
 def test_a_claim_shows_its_sentence_with_numbers():
     shown = claim("Frozen features beat the convolutional autoencoder on gears.", TOKENS_WIN)
     assert "Frozen features beat" in shown.data and "image AUROC patchknn 0.9" in shown.data
-    assert "difference +0." in shown.data and " seeds" in shown.data
+    assert "difference +0." in shown.data and "\u00a0seeds" in shown.data
 
 
 def test_a_claim_that_the_records_do_not_support_is_an_error():
@@ -127,11 +128,11 @@ def test_one_kind_of_defect_has_the_doubt_of_its_test_images():
 
 def test_an_interval_says_which_doubt_it_lacks():
     one = at_least(runs_of("patchknn", seeds=1), "pro", 0.5)
-    assert one.numbers.endswith("1 seed, not counting what other seeds would change")
+    assert one.numbers.endswith("1\u00a0seed, not counting what other seeds would change")
     three = runs_of("patchknn", seeds=3)
-    assert at_least(three, "pro", 0.5).numbers.endswith("3 seeds")
+    assert at_least(three, "pro", 0.5).numbers.endswith("3\u00a0seeds")
     bare = replace(three, records=tuple({k: v for k, v in r.items() if k != "folder"} for r in three.records))
-    assert at_least(bare, "pro", 0.5).numbers.endswith("3 seeds, not counting what other test images would change")
+    assert at_least(bare, "pro", 0.5).numbers.endswith("3\u00a0seeds, not counting what other test images would change")
 
 
 def test_parts_that_add_up():
@@ -148,7 +149,7 @@ def test_the_mean_over_data_sets_is_paired():
     on_gears, on_tiles = (
         difference(a.records[:3], b.records[:3], "image_auroc").value for a, b in zip(knn, cae, strict=True)
     )
-    assert found.holds and f" {(on_gears + on_tiles) / 2:+.3f} [" in found.numbers and "3 seeds" in found.numbers
+    assert found.holds and f" {(on_gears + on_tiles) / 2:+.3f} [" in found.numbers and "3\u00a0seeds" in found.numbers
     assert found.rests_on == above(knn[0], cae[0], "pro").rests_on | above(knn[1], cae[1], "pro").rests_on
     assert not above_on_average(cae, knn, "image_auroc").holds and not above_on_average(knn, knn, "pro").holds
 
@@ -156,7 +157,7 @@ def test_the_mean_over_data_sets_is_paired():
 def test_counts():
     dead = runs_of("vitmem", overrides={"shrink": 2.0})
     every = counted(dead, "memory_empty", 1, 1, of="memory_queries")
-    assert every.holds and "memory_empty / memory_queries vitmem 1 to 1, 3 seeds" in every.numbers
+    assert every.holds and "memory_empty / memory_queries vitmem 1 to 1, 3\u00a0seeds" in every.numbers
     assert not counted(dead, "memory_in_use", 1, 100).holds
 
 
@@ -164,7 +165,7 @@ def test_minutes_of_one_core():
     cae = runs_of("l2cae")
     seconds = min(sum(r["timings"][k] for k in PARTS) * r["environment"]["threads"] for r in cae.records)
     assert minutes_at_most(cae, seconds / 60 + 0.01).holds and not minutes_at_most(cae, seconds / 60 - 0.01).holds
-    assert minutes_at_most(cae, 9.0).numbers.startswith(f"minutes l2cae {seconds / 60:.1f}, 10 seeds, ")
+    assert minutes_at_most(cae, 9.0).numbers.startswith(f"minutes l2cae {seconds / 60:.1f}, 10\u00a0seeds, ")
 
 
 PARTS = ("load_s", "prepare_s", "train_s", "score_s")
@@ -185,10 +186,10 @@ def test_rows_of_an_experiment(tmp_path, monkeypatch):
     grey = measured("nuts", "image_auroc", 0.99, 1, scored="grey", state=None)
     assert grey.holds and grey.numbers == "image AUROC grey 1.000 [0.990,\u00a01.000]" and not grey.rests_on
     low = measured("nuts", "image_auroc", 0, 0.3, scored="cae", state="trained")
-    assert low.holds and low.numbers == "image AUROC cae, trained 0.200 [0.100,\u00a00.300], 1 seed"
+    assert low.holds and low.numbers == "image AUROC cae, trained 0.200 [0.100,\u00a00.300], 1\u00a0seed"
     assert low.rests_on == {"abc"}
     both = measured("nuts", "image_auroc", 0.7, 0.95, state="untrained")
-    assert both.holds and both.numbers == "image AUROC cae, untrained 0.850 [0.700,\u00a00.950], 2 seeds"
+    assert both.holds and both.numbers == "image AUROC cae, untrained 0.850 [0.700,\u00a00.950], 2\u00a0seeds"
     assert not measured("nuts", "image_auroc", 0.7, 0.94, state="untrained").holds
     assert not measured("nuts", "image_auroc", 0, 0.29, scored="cae", state="trained").holds
     assert not measured("nuts", "image_auroc", 0.11, 0.3, scored="cae", state="trained").holds
@@ -198,6 +199,24 @@ def test_rows_of_an_experiment(tmp_path, monkeypatch):
     assert missing.evidence.numbers == "experiments/nuts.json has no row with {'scored': 'bolt'}"
     with pytest.raises(UserError, match=r"bolts.json is not there. Run experiments/bolts.py"):
         measured("bolts", "image_auroc", 0, 1)
+
+
+def test_a_candidate_of_an_experiment_is_above_another_on_each_data_set(tmp_path, monkeypatch):
+    def row(name, dataset, category, value):
+        return {"name": name, "dataset": dataset, "category": category, "metrics": {"pit": {"pro": value}}}
+
+    rows = [row("new", "mt", None, 0.8), row("old", "mt", None, 0.7), row("new", "mvtec", "nut", 0.6)]
+    (tmp_path / "experiments").mkdir()
+    file = tmp_path / "experiments" / "nuts.json"
+    file.write_text(json.dumps(rows))
+    monkeypatch.setattr(vitad, "__file__", str(tmp_path / "vitad" / "__init__.py"))
+    with pytest.raises(UserError, match="does not have both new and old on each data set"):
+        above_on_each("nuts", "new", "old", "pro", "pit")
+    file.write_text(json.dumps([*rows, row("old", "mvtec", "nut", 0.5)]))
+    found = above_on_each("nuts", "new", "old", "pro", "pit")
+    assert found.holds and found.numbers == "PRO, new and old: mt 0.800 and 0.700, nut 0.600 and 0.500, one seed"
+    file.write_text(json.dumps([*rows, row("old", "mvtec", "nut", 0.6)]))
+    assert not above_on_each("nuts", "new", "old", "pro", "pit").holds
 
 
 BASE = {"memory": False, "coord_att": False}

@@ -252,6 +252,23 @@ def measured(experiment: str, metric: str, low: float, high: float, **values: An
     return Evidence(holds, f"{METRICS[metric]} {'; '.join(shown)}", frozenset(r["run"] for r in rows if r["run"]))
 
 
+def above_on_each(experiment: str, first: str, second: str, metric: str, kind: str) -> Evidence:
+    """On each data set of an experiment, one candidate has a higher metric than another: of one seed, without interval.
+
+    Rows are those of `experiments/<experiment>.json`, with the `name` of a candidate, `dataset`, `category`, and the
+    `metrics` of each kind of damage.
+    """
+    found: dict[str, list[float]] = {}
+    for name in (first, second):
+        for r in (r for r in rows_of(experiment) if r["name"] == name):
+            found.setdefault(r["category"] or r["dataset"], []).append(r["metrics"][kind][metric])
+    if not found or any(len(pair) < 2 for pair in found.values()):
+        raise MissingRecords(f"experiments/{experiment}.json does not have both {first} and {second} on each data set")
+    shown = ", ".join(f"{data} {a:.3f} and {b:.3f}" for data, (a, b) in found.items())
+    numbers = f"{METRICS[metric]}, {first} and {second}: {shown}, one seed"
+    return Evidence(all(a > b for a, b in found.values()), numbers, frozenset())
+
+
 def all_of(*evidence: Evidence) -> Evidence:
     """Everything holds; numbers that several have in common are shown once."""
     rests_on = frozenset().union(*(e.rests_on for e in evidence))
@@ -317,7 +334,7 @@ def _sources(found: Estimate | Difference) -> str:
 
 
 def _seeds(n: int) -> str:
-    return f"{n} seed{'s' * (n != 1)}"
+    return f"{n}\u00a0seed{'s' * (n != 1)}"
 
 
 def _evidence(holds: bool, numbers: str, *runs: Runs) -> Evidence:

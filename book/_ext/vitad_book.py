@@ -91,7 +91,7 @@ def with_footer(app, pagename, templatename, context, doctree):
     where = f' <a href="{where}">{where}</a>.' if where else ""
     licences = f'<a href="{context["pathto"]("book/licences")}">Licences</a> of text, code and photographs.'
     context["theme_extra_footer"] = (
-        f"<p>To cite this page: {', '.join(f['authors'])} ({f['year']}). {html.escape(html.unescape(title))}. In "
+        f"<p>To cite this page: {', '.join(f['authors'])} ({f['year']}). {html.escape(html.unescape(title))}{'' if title.endswith('?') else '.'} In "
         f"<i>{html.escape(f['title'])}</i>, {version}.{where} {licences}</p>"
     )
 

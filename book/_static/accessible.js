@@ -9,6 +9,7 @@ function mend() {
         const larger = box.scrollWidth > box.clientWidth || box.scrollHeight > box.clientHeight;
         const scrolls = larger && getComputedStyle(box).overflowX !== "visible";
         if (scrolls && !box.querySelector("a:not(.headerlink), button, input, [tabindex]")) box.tabIndex = 0;
+        box.classList.toggle("scrolls", scrolls && box.scrollWidth > box.clientWidth + 8);
     }
     // A slider is called what stands before it.
     for (const slider of document.querySelectorAll(".widget-hslider")) {

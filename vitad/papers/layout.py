@@ -37,7 +37,7 @@ def as_text(frame: pd.DataFrame) -> pd.DataFrame:
             "seeds": [f"{n}" if n else "" for n in frame["seeds"].fillna(0)],
             "difference": words("difference", "+.1f"),
             "interval": [
-                f"{low} to {high}" if low else ""
+                f"{low}\u00a0to\u00a0{high}" if low != high else ""  # equal: a spread that rounds to nothing
                 for low, high in zip(words("low", "+.1f"), words("high", "+.1f"), strict=True)
             ],
             "verdict": [

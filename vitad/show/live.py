@@ -135,7 +135,7 @@ def _script(key: str, data: dict) -> str:
         """
 const raw=s=>Uint8Array.from(atob(s),c=>c.charCodeAt(0));
 const first=raw(d.first),mask=raw(d.mask),grey=raw(d.grey),pen=at('map').getContext('2d');
-const picture=pen.createImageData(d.W,d.H),share=x=>(100*x).toFixed(x<0.1?1:0)+' %';
+const picture=pen.createImageData(d.W,d.H),share=x=>(100*x).toFixed(x<0.1?1:0)+'\u00a0%';
 function draw(){
   const k=+at('slider').value;
   for(let i=0;i<first.length;i++){

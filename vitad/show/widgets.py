@@ -80,7 +80,7 @@ def _confusion(scores: np.ndarray, labels: np.ndarray, threshold: float) -> str:
     low, high = scores.min(), scores.max()
 
     def x(value: float) -> float:
-        return 10 + 480 * (value - low) / (high - low or 1)
+        return 80 + 410 * (value - low) / (high - low or 1)  # right of the words
 
     dots = "".join(
         f'<circle cx="{x(s):.1f}" cy="{34 if label else 74}" r="5" fill="{"#ee6677" if label else "#4477aa"}" '
@@ -90,12 +90,12 @@ def _confusion(scores: np.ndarray, labels: np.ndarray, threshold: float) -> str:
     row = '<tr><td style="padding:2px 14px 2px 0">{}</td><td style="padding:2px 14px">{}</td><td>{}</td></tr>'
     return (
         '<svg viewBox="0 0 500 100" style="width:100%;max-width:560px" role="img" aria-label="image scores">'
-        '<g font-size="11" fill="currentColor"><text x="10" y="18">defective</text><text x="10" y="58">good</text></g>'
+        '<g font-size="11" fill="currentColor"><text x="10" y="38">defective</text><text x="10" y="78">good</text></g>'
         f'{dots}<line x1="{x(threshold):.1f}" x2="{x(threshold):.1f}" y1="4" y2="96" stroke="currentColor" '
         'stroke-width="2" stroke-dasharray="4 3"/></svg>'
         "<table>"
         + row.format("", "called defective", "called good")
         + row.format("defective images", f"<b>{hit}</b>", f"{missed} missed")
-        + row.format("good images", f"{false_alarm} false alarms", f"<b>{passed}</b>")
+        + row.format("good images", f"{false_alarm} false alarm{'s' * (false_alarm != 1)}", f"<b>{passed}</b>")
         + "</table>"
     )
