@@ -78,3 +78,12 @@ def test_brightness_alone_is_what_the_data_say():
     found = row(test, brightness(test).numpy())
     (committed,) = [r for r in ROWS if (r["scored"], r["category"]) == ("brightness", "screw")]
     assert found["metrics"] == committed["metrics"]
+
+
+def test_every_candidate_was_measured_on_each_data_set():
+    rows = json.loads((ROOT / "experiments" / "select_ssltok.json").read_text())
+    names = {r["name"] for r in rows}
+    assert len(names) > 1
+    assert sorted((r["name"], r["dataset"], r["category"] or "") for r in rows) == sorted(
+        (name, dataset, category or "") for name in names for dataset, category in select_ssltok.SETS
+    )

@@ -210,7 +210,7 @@ def test_the_threshold_explorer_counts_as_scikit_learn_does(tied):
         (passed, alarms), (missed, hit) = confusion_matrix(labels, scores >= threshold, labels=[0, 1])
         cells = re.findall(r"<td[^>]*>(.*?)</td>", frame)
         assert cells[4:6] == [f"<b>{hit}</b>", f"{missed} missed"]
-        assert cells[7:9] == [f"{alarms} false alarm{'s' * (alarms != 1)}", f"<b>{passed}</b>"]
+        assert cells[7:9] == [f"{alarms} false alarm{'s' * int(alarms != 1)}", f"<b>{passed}</b>"]
         assert hit + missed + alarms + passed == frame.count("<circle") == 60
         assert f"threshold {threshold:.3g}" in frame
 
