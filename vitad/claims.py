@@ -349,6 +349,7 @@ VOCABULARY = {
         of_category,
         above,
         above_on_average,
+        above_on_each,
         undecided,
         by_all_metrics,
         interaction_undecided,

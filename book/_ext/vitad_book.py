@@ -90,8 +90,9 @@ def with_footer(app, pagename, templatename, context, doctree):
     where = html.escape(f"{f['site']}/{pagename}.html") if f["site"] else ""
     where = f' <a href="{where}">{where}</a>.' if where else ""
     licences = f'<a href="{context["pathto"]("book/licences")}">Licences</a> of text, code and photographs.'
+    cited = html.escape(html.unescape(title)) + "." * (not title.endswith("?"))
     context["theme_extra_footer"] = (
-        f"<p>To cite this page: {', '.join(f['authors'])} ({f['year']}). {html.escape(html.unescape(title))}{'' if title.endswith('?') else '.'} In "
+        f"<p>To cite this page: {', '.join(f['authors'])} ({f['year']}). {cited} In "
         f"<i>{html.escape(f['title'])}</i>, {version}.{where} {licences}</p>"
     )
 
