@@ -214,7 +214,10 @@ def test_a_candidate_of_an_experiment_is_above_another_on_each_data_set(tmp_path
         above_on_each("nuts", "new", "old", "pro", "pit")
     file.write_text(json.dumps([*rows, row("old", "mvtec", "nut", 0.5)]))
     found = above_on_each("nuts", "new", "old", "pro", "pit")
-    assert found.holds and found.numbers == "PRO, new and old: mt 0.800 and 0.700, nut 0.600 and 0.500, one seed"
+    assert (
+        found.holds
+        and found.numbers == "PRO, new and old: mt 0.800 and 0.700, nut 0.600 and 0.500, one seed, no interval"
+    )
     file.write_text(json.dumps([*rows, row("old", "mvtec", "nut", 0.6)]))
     assert not above_on_each("nuts", "new", "old", "pro", "pit").holds
 

@@ -438,6 +438,12 @@ def of(method, category, preset, value, dataset="mvtec", seeds=3, **overrides):
     return {r.hash: record(r, value) for r in asked}
 
 
+def test_an_interval_keeps_its_two_ends_however_close_they_are():
+    frame = cells(Reproduction("yang2024-3"), of("vitmem", "bottle", "small", 0.9)).head(3)
+    frame = frame.assign(low=[-5.93, 1.0, np.nan], high=[-5.88, 2.0, np.nan])
+    assert list(layout.as_text(frame)["interval"]) == ["-5.93\u00a0to\u00a0-5.88", "+1.0\u00a0to\u00a0+2.0", ""]
+
+
 def without_masks(found):
     for r in found.values():
         r["metrics"] |= dict.fromkeys(("pixel_auroc", "pixel_ap", "pro"))

@@ -25,7 +25,7 @@ from vitad.runs.folder import image_resamples_from_scores
 from vitad.runs.record import Record, committed, committed_seeds
 from vitad.runs.record import experiment as rows_of
 from vitad.runs.request import Request, hash_of
-from vitad.show.tables import by_kind, core_minutes, fastest
+from vitad.show.tables import by_kind, core_minutes, fastest, interval_text
 
 
 @dataclass(frozen=True)
@@ -198,7 +198,7 @@ def above_on_average(firsts: list[Runs], seconds: list[Runs], metric: str) -> Ev
     weights = {str(k): math.copysign(1 / len(firsts), k) for k, _ in terms}
     d = contrast({str(k): runs.records for k, runs in terms}, weights, metric)
     what = " minus ".join(f"mean of {', '.join(r.name for r in side)}" for side in (firsts, seconds)) + ":"
-    numbers = f"{METRICS[metric]}, {what} {d.value:+.3f} {_interval(d.low, d.high, '+.3f')}, {_sources(d)}"
+    numbers = f"{METRICS[metric]}, {what} {d.value:+.3f} {interval_text(d.low, d.high, '+.3f')}, {_sources(d)}"
     return _evidence(d.verdict == "above", numbers, *firsts, *seconds)
 
 
@@ -208,7 +208,7 @@ def interaction_undecided(both: Runs, first: Runs, second: Runs, neither: Runs, 
     weights = {"both": 1, "first": -1, "second": -1, "neither": 1}
     d = contrast({name: runs.records for name, runs in variants.items()}, weights, metric)
     formula = f"{both.name} − {first.name} − {second.name} + {neither.name}"
-    numbers = f"{METRICS[metric]} {formula} {d.value:+.3f} {_interval(d.low, d.high, '+.3f')}, {_sources(d)}"
+    numbers = f"{METRICS[metric]} {formula} {d.value:+.3f} {interval_text(d.low, d.high, '+.3f')}, {_sources(d)}"
     return _evidence(d.verdict == "undecided", numbers, *variants.values())
 
 
@@ -248,7 +248,7 @@ def measured(experiment: str, metric: str, low: float, high: float, **values: An
         least, most = min(bounds), max(bounds)
         holds &= low <= least and most <= high
         n = "" if seeds[0]["seed"] is None else f", {_seeds(len(seeds))}"
-        shown.append(f"{name} {value:.3f} {_interval(least, most)}{n}")
+        shown.append(f"{name} {value:.3f} {interval_text(least, most)}{n}")
     return Evidence(holds, f"{METRICS[metric]} {'; '.join(shown)}", frozenset(r["run"] for r in rows if r["run"]))
 
 
@@ -258,15 +258,16 @@ def above_on_each(experiment: str, first: str, second: str, metric: str, kind: s
     Rows are those of `experiments/<experiment>.json`, with the `name` of a candidate, `dataset`, `category`, and the
     `metrics` of each kind of damage.
     """
-    found: dict[str, list[float]] = {}
-    for name in (first, second):
-        for r in (r for r in rows_of(experiment) if r["name"] == name):
-            found.setdefault(r["category"] or r["dataset"], []).append(r["metrics"][kind][metric])
-    if not found or any(len(pair) < 2 for pair in found.values()):
+    rows = rows_of(experiment)
+    here, there = (
+        {r["category"] or r["dataset"]: r["metrics"][kind][metric] for r in rows if r["name"] == name}
+        for name in (first, second)
+    )
+    if not here or here.keys() != there.keys():
         raise MissingRecords(f"experiments/{experiment}.json does not have both {first} and {second} on each data set")
-    shown = ", ".join(f"{data} {a:.3f} and {b:.3f}" for data, (a, b) in found.items())
-    numbers = f"{METRICS[metric]}, {first} and {second}: {shown}, one seed"
-    return Evidence(all(a > b for a, b in found.values()), numbers, frozenset())
+    shown = ", ".join(f"{data} {here[data]:.3f} and {there[data]:.3f}" for data in here)
+    numbers = f"{METRICS[metric]}, {first} and {second}: {shown}, one seed, no interval"
+    return Evidence(all(here[data] > there[data] for data in here), numbers, frozenset())
 
 
 def all_of(*evidence: Evidence) -> Evidence:
@@ -309,18 +310,14 @@ def _common_seeds(first: Runs, second: Runs) -> tuple[Runs, Runs]:
 
 def _of_difference(holds: bool, found: Difference, first: Runs, second: Runs, metric: str) -> Evidence:
     numbers = f"{_shown(first, metric)}, {_shown(second, metric, title=False)}, "
-    numbers += f"difference {found.value:+.3f} {_interval(found.low, found.high, '+.3f')}, {_sources(found)}"
+    numbers += f"difference {found.value:+.3f} {interval_text(found.low, found.high, '+.3f')}, {_sources(found)}"
     return _evidence(holds, numbers, first, second)
 
 
 def _bounded(runs: Runs, metric: str, inside: Callable[[float, float], bool]) -> Evidence:
     found = estimate(runs.records, metric)
-    numbers = f"{_shown(runs, metric)} {_interval(found.low, found.high)}, {_sources(found)}"
+    numbers = f"{_shown(runs, metric)} {interval_text(found.low, found.high)}, {_sources(found)}"
     return _evidence(inside(found.low, found.high), numbers, runs)
-
-
-def _interval(low: float, high: float, digits: str = ".3f") -> str:
-    return f"[{low:{digits}},\u00a0{high:{digits}}]"  # in one line
 
 
 def _shown(runs: Runs, metric: str, title: bool = True) -> str:

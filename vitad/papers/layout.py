@@ -36,10 +36,7 @@ def as_text(frame: pd.DataFrame) -> pd.DataFrame:
             ],
             "seeds": [f"{n}" if n else "" for n in frame["seeds"].fillna(0)],
             "difference": words("difference", "+.1f"),
-            "interval": [
-                f"{low}\u00a0to\u00a0{high}" if low != high else ""  # equal: a spread that rounds to nothing
-                for low, high in zip(words("low", "+.1f"), words("high", "+.1f"), strict=True)
-            ],
+            "interval": [_interval(low, high) for low, high in zip(frame["low"], frame["high"], strict=True)],
             "verdict": [
                 f"{verdict}: {reason}" if reason else verdict
                 for verdict, reason in zip(frame["verdict"].fillna(""), frame["reason"].fillna(""), strict=True)
@@ -90,6 +87,14 @@ def for_terminal(frame: pd.DataFrame, width: int = 120) -> str:
     if empty.any():
         blocks.append(f"{empty.sum()} cells are empty; the files say for each which runs would fill it")
     return "\n\n".join(blocks)
+
+
+def _interval(low: float, high: float) -> str:
+    """Its two ends, with as many digits as tell them apart, two at most."""
+    if pd.isna(low):
+        return ""
+    form = "+.1f" if f"{low:+.1f}" != f"{high:+.1f}" else "+.2f"
+    return f"{low:{form}}\u00a0to\u00a0{high:{form}}"
 
 
 def _preset(tier: pd.Series) -> pd.Series:

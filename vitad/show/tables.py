@@ -169,12 +169,17 @@ def differences(pairs: Mapping[tuple[str, ...], tuple[Sequence[Record], Sequence
         line: dict[str, Any] = {"seeds": of_pair["seeds"].max()}
         for metric, title in METRICS.items():
             d = of_pair.loc[metric]
-            bounds = f" [{d['low']:+.3f},\u00a0{d['high']:+.3f}]" if np.isfinite(d["low"]) else ""
+            bounds = f" {interval_text(d['low'], d['high'], '+.3f')}" if np.isfinite(d["low"]) else ""
             mark = "" if d["complete"] or d["seeds"] == 1 else "\u00a0*"
             verdict = f"{d['verdict']}: one seed" if d["seeds"] == 1 else d["verdict"]
             line[title] = f"{d['value']:+.3f}{bounds}{mark}, {verdict}" if d["seeds"] else NOT_DEFINED
         lines.append(line)
     return pd.DataFrame(lines, index=pd.MultiIndex.from_tuples(pairs), columns=["seeds", *METRICS.values()])
+
+
+def interval_text(low: float, high: float, digits: str = ".3f") -> str:
+    """`[low, high]`, with a space that no line breaks at."""
+    return f"[{low:{digits}},\u00a0{high:{digits}}]"
 
 
 def costs(rows: Mapping[tuple[str, ...], Sequence[Record]]) -> pd.DataFrame:
@@ -290,7 +295,7 @@ def _with_interval(records: Sequence[Record], metric: str) -> str:
     chance = {"image_auroc": 0.5, "pixel_auroc": 0.5, "pro": pro_limit / 2}.get(metric, -1.0)
     word = ", below chance" if found.high < chance else ", at chance" if found.low <= chance else ""
     mark = "\u00a0*" if found.sd_test is None else ""
-    return f"{found.value:.3f} [{found.low:.3f},\u00a0{found.high:.3f}]{mark}{word}"
+    return f"{found.value:.3f} {interval_text(found.low, found.high)}{mark}{word}"
 
 
 def _means(metrics: Sequence[Mapping[str, Any]], *names: str) -> dict[str, str]:
