@@ -155,8 +155,7 @@ def test_steps_are_those_of_a_training(name, gears, monkeypatch):
         ("draem", "mvtec", "bottle", {"batch_size": 8, "epochs": 60, "max_steps": 900}, [27 * 33]),
     ],
 )
-def test_steps_of_known_data_sets(method, dataset, category, settings, steps, monkeypatch):
-    monkeypatch.setattr("vitad.runs.request.SMOKE_IMAGES", 1000)  # the networks of `smoke`, but all images
+def test_steps_of_known_data_sets(method, dataset, category, settings, steps):
     assert plan(asked(method, dataset, category, overrides=settings)).steps == steps
 
 
@@ -180,7 +179,7 @@ def test_time_is_that_of_operations_at_the_assumed_share_or_of_starting_them():
     found = plan(asked("vitmem"))
     (part,), (steps,) = found.parts, found.steps
     slow, fast = Card("slow", 1, 1e-3), Card("fast", 1, 1e9)
-    of_images = (64 + 83) * 2 * found.image / (SHARE * 1e9)
+    of_images = 292 * 2 * found.image / (SHARE * 1e9)
     assert found.seconds(slow) == pytest.approx(steps * 2 * part.multiply_adds / (SHARE * 1e9) + of_images)
     assert found.seconds(fast) == pytest.approx(steps * part.calls * 1e-5)
     assert 100 < part.calls < 1000
@@ -233,13 +232,13 @@ def says(capsys, *words):
 def test_each_phase_has_a_column_and_each_category_a_model(capsys):
     status, text = says(capsys, "mala", "--preset", "smoke")
     assert status == 0 and re.search(r"^ +stage1 +stage2$", text, re.M)
-    assert "data mvtec all: 956 training and 1,725 test images, one model" in text
+    assert "data mvtec all: 3,629 training and 1,725 test images, one model" in text
     status, text = says(capsys, "anovit", "--preset", "smoke")
     assert "a model for each of 15 categories" in text and "at most, since it may stop early" in text
     each = [plan(asked("anovit", category=category)) for category in data.get("mvtec").categories()]
     assert re.search(rf"^steps, all models +{sum(p.steps[0] for p in each)}$", text, re.M)
     status, text = says(capsys, "patchknn", "--preset", "smoke", "--category", "pill")
-    assert status == 0 and "nothing is trained" in text and "64 training and 167 test" in text
+    assert status == 0 and "nothing is trained" in text and "267 training and 167 test" in text
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from dataclasses import replace
 
 import pytest
 
@@ -78,8 +77,7 @@ def test_weights_count_by_their_contents(tmp_path):
     assert by_file["one"] == by_file["copy"] != by_file["other"]
     assert by_file["one"] != Request("patchknn") != Request("patchknn", weights="random")
     record = {"weights": {"asked": "/elsewhere/one.safetensors", "sha256": by_file["one"].identity["weights"]}}
-    words = ("method", "dataset", "category", "split", "preset", "seed", "settings")
-    described = {k: getattr(by_file["one"], k) for k in words}
+    described = {k: getattr(by_file["one"], k) for k in ("method", "dataset", "category", "split", "seed", "settings")}
     assert hash_of(described | record) == by_file["one"].hash
 
 
@@ -151,25 +149,3 @@ def test_a_metric_that_is_added_later_reads_as_not_measured(monkeypatch):
     assert evidence.contrast(variants, {"full": 1, "base": -1}, "f1_max").n_seeds == 0
     frame = cells(Reproduction("yang2024-6", "toy"), by_hash())
     assert frame["reproduced"].notna().all()
-
-
-def test_smoke_trains_on_few_images_of_each_category(toy_root, tmp_path, monkeypatch):
-    demo = Request("l2cae", category="all", data_root=toy_root)
-    smoke = replace(demo, preset="smoke")
-    whole = demo.find()
-    assert smoke.find() == whole  # twelve of each category
-    monkeypatch.setattr("vitad.runs.request.SMOKE_IMAGES", 5)
-    assert demo.find() == whole
-    few = smoke.find()
-    assert few.test == whole.test
-    assert few.train == [whole.train[start + i] for start in (0, 12, 24) for i in (0, 2, 4, 7, 9)]
-    assert len(smoke.load().train) == 15
-    assert {train for train, _ in smoke.counts().values()} == {5}
-    assert runs.run(replace(smoke, device="cpu"), tmp_path)["counts"]["train"] == 15
-
-
-def test_smoke_is_another_run_than_its_settings_with_another_preset():
-    smoke = Request("patchknn", preset="smoke")
-    same_settings = Request("patchknn", preset="demo", overrides=smoke.settings)
-    assert same_settings.settings == smoke.settings
-    assert same_settings != smoke

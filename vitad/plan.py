@@ -22,7 +22,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from vitad import methods
+from vitad import data, methods
 from vitad.errors import UserError
 from vitad.methods.base import Method
 from vitad.papers.estimates import duration
@@ -148,7 +148,7 @@ def plan(request: Request) -> Plan:
     >>> found.steps, found.images, found.image // 10**9
     ([4800], (209, 83), 57)
     """
-    counts = request.counts()
+    counts = data.get(request.dataset).counts_by_category(request.category, request.split)
     if counts is None:
         raise UserError(
             f"the number of images of {request.dataset} is not published. "

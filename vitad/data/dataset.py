@@ -328,15 +328,6 @@ class Found:
         """All images, each followed by its mask, in the order of the records."""
         return [path for r in (*self.train, *self.test) for path in (r.path, r.mask) if path]
 
-    def with_fewer_training_images(self, most: int) -> Found:
-        """The same with at most so many training images of each category, spread evenly over its files."""
-        train: list[Record] = []
-        for category in dict.fromkeys(r.category for r in self.train):
-            records = [r for r in self.train if r.category == category]
-            n = min(most, len(records))
-            train += [records[i * len(records) // n] for i in range(n)]
-        return replace(self, train=train)
-
     def contents_sha256(self) -> str:
         """Hash of the relative names and the contents of all files, so that other data is another run.
 

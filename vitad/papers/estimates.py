@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from vitad import runs
+from vitad import data, runs
 from vitad.runs import Request
 from vitad.runs.record import Record
 
@@ -47,9 +47,8 @@ def estimate(request: Request, records: Iterable[Record]) -> tuple[float | None,
 
 def n_images(request: Request, records: Iterable[Record] = ()) -> tuple[int, int] | None:
     """Numbers of training and test images: as published or generated, or as in a run on the same data."""
-    if counts := request.counts():
-        train, test = zip(*counts.values(), strict=True)
-        return sum(train), sum(test)
+    if counts := data.get(request.dataset).counts(request.category, request.split):
+        return counts
     where = ("dataset", "category", "split")
     same = (r["counts"] for r in records if all(r[k] == getattr(request, k) for k in where))
     return next(((n["train"], n["test_good"] + n["test_defective"]) for n in same), None)
@@ -101,7 +100,7 @@ def by_operations(requests: Iterable[Request]) -> str:
     """
     from vitad.plan import QUOTED, plan  # here, since that module takes `duration` from this one
 
-    counted = [r for r in requests if r.counts()]
+    counted = [r for r in requests if data.get(r.dataset).counts_by_category(r.category, r.split)]
     if not counted:
         return ""
     plans = [plan(request) for request in counted]

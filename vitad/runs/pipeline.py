@@ -80,7 +80,7 @@ def run(
     device = processes.device
     say = say if say and processes.writes else lambda line: None
     with processes.one_after_another():
-        found = request.find()
+        found = data.find(request.dataset, request.data_root, request.category, request.split)
         if record := run_folder.claim(out, request, found):
             if processes.writes:
                 run_folder.tidy(out)

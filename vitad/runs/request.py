@@ -17,7 +17,6 @@ from vitad.files import sha256_once
 from vitad.settings import as_json, parse_overrides, resolve
 
 AUTO = "auto"  # weights that a method finds by itself
-SMOKE_IMAGES = 64  # for training, of each category, with the preset `smoke`; `toy` has 60
 # What the hash covers. Records of before there were revisions have the first.
 IDENTITY = ("method", "dataset", "category", "split", "seed", "settings", "weights", "revision")
 
@@ -135,8 +134,7 @@ class Request:
     @cached_property
     def identity(self) -> dict[str, Any]:
         """What makes two runs the same."""
-        asked = {name: getattr(self, name) for name in (*IDENTITY, "preset")}
-        return identity(asked | {"weights": {"asked": self.weights}})
+        return identity({name: getattr(self, name) for name in IDENTITY} | {"weights": {"asked": self.weights}})
 
     @cached_property
     def hash(self) -> str:
@@ -170,21 +168,10 @@ class Request:
         """Name of the run's folder where older runs may lie: `name` and the hash, since defaults change."""
         return f"{self.name}-{self.hash[:8]}"
 
-    def find(self) -> data.Found:
-        """The files of the run. The preset `smoke` trains on few, so that it takes seconds on any data set."""
-        found = data.find(self.dataset, self.data_root, self.category, self.split)
-        return found.with_fewer_training_images(SMOKE_IMAGES) if self.preset == "smoke" else found
-
-    def counts(self) -> dict[str, tuple[int, int]] | None:
-        """Numbers of training and test images of each category, as published; None where one is not known."""
-        counts = data.get(self.dataset).counts_by_category(self.category, self.split)
-        if counts is None or self.preset != "smoke":
-            return counts
-        return {category: (min(train, SMOKE_IMAGES), test) for category, (train, test) in counts.items()}
-
     def load(self) -> data.Split:
         """The images of the run, at its size."""
-        return self.find().load(self.settings["image_size"], skip_bad=self.skip_bad)
+        where = (self.dataset, self.data_root, self.category, self.split)
+        return data.load(*where, image_size=self.settings["image_size"], skip_bad=self.skip_bad)
 
     def command(self, out: str | Path) -> list[str]:
         """The words of the `vitad run` that makes it."""
@@ -205,15 +192,11 @@ class Request:
 def identity(described: Mapping[str, Any]) -> dict[str, Any]:
     """What makes two runs the same, of a request or a record: `IDENTITY`, with `weights` as a record has them.
 
-    The preset counts in its settings alone, but for `smoke`.
-
     No category and all categories are one thing: a data set without categories has only itself.
     """
     found = {name: described[name] for name in ("method", "dataset", "split", "seed")}
     found["category"] = described["category"] if described["category"] != data.ALL else None
     found["settings"] = settings_of(described)
-    if described["preset"] == "smoke":
-        found["preset"] = "smoke"  # its training images are others, see `Request.find`
     if described.get("revision", 1) > 1:
         found["revision"] = described["revision"]
     weights = described["weights"]
