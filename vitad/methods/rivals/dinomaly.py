@@ -50,7 +50,7 @@ class Settings:
     linear_attention: bool = True  # code; False: with softmax, which can focus
     easy: float = 0.9  # code: share of the places, those rebuilt best, whose gradients are weakened
     easy_weight: float = 0.1  # code: what they are multiplied by
-    easy_steps: int = 1000  # code: steps in which the share of places with a weakened gradient rises to `easy`
+    easy_steps: int = 1000  # code: steps in which the share of places with a weakened gradient rises from 0
     steps: int = 10_000  # code: steps of training, over all categories together; 5,000 for one
     batch_size: int = 16  # code
     lr: float = 2e-3  # code: StableAdamW; ours: AdamW, with a limit on the length of the gradient

@@ -42,9 +42,9 @@ class Settings:
     image_size: int = 64  # code: patches of this size; ours: the whole image
     latent: int = 128  # code
     width: int = 64  # code: channels near the image; eight times as many far from it
-    n_critic: int = 5  # code: critic's steps for one of the generator's, by turns; ours: drawn, on average
+    n_critic: int = 5  # code: so many steps of the critic, then one of the generator; ours: by chance, on average
     penalty: float = 10.0  # code: weight of the gradient penalty
-    gan_epochs: int = 2000  # ours: code has 7 of very many patches
+    gan_epochs: int = 2000  # ours: code has 7 epochs, each of very many patches
     gan_lr: float = 1e-4  # code: Adam, betas 0 and 0.9
     encoder_out: Literal["tanh", "linear"] = "tanh"  # code: so that it cannot name a vector outside of -1..1
     kappa: float = 1.0  # code: weight of the critic's features
