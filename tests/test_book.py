@@ -77,7 +77,11 @@ class TestCommittedNotebook:
         assert not [model for model in shown if model not in state], "a widget without its state is not in the book"
 
     def test_names_no_folder_of_the_machine_that_ran_it(self, path):
-        assert not re.findall(r"(?:/home/|/root/|/tmp/|/Users/|C:\\\\Users)[\w./-]*", path.read_text())
+        nb = nbformat.read(path, 4)
+        for output in (o for c in nb.cells if c.cell_type == "code" for o in c.outputs):
+            for kind in [k for k in output.get("data", {}) if k.startswith("image/") and k != "image/svg+xml"]:
+                del output.data[kind]  # its base64 may spell anything
+        assert not re.findall(r"(?:/home/|/root/|/tmp/|/Users/|C:\\\\Users)[\w./-]*", nbformat.writes(nb))
 
 
 def notebook(path, *cells):
